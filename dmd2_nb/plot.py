@@ -122,7 +122,7 @@ def tile(
         out[r*(h+pad):r*(h+pad)+h, c*(w+pad):c*(w+pad)+w] = x[i]
     return out
 
-# %% ../nbs/01_plot.ipynb #43dd2259
+# %% ../nbs/01_plot.ipynb #e93070db
 def show_images(
     images:Tensor, # (n, c, h, w) or (n, h, w); uint8, or float in [-1, 1]
     labels=None,   # One short text per image, written above it
@@ -139,7 +139,8 @@ def show_images(
     ncols = min(ncols, n)
     nrows = math.ceil(n/ncols)
     pad = max(1, w//16)
-    gap = pad + (round(0.24*w/size) if labels is not None else 0)  # room for a line of text
+    lines = 1+max(str(t).count('\n') for t in labels) if labels is not None and len(labels) else 0
+    gap = pad + math.ceil((0.1+0.14*lines)*w/size if lines else 0)  # room for the text
     x = to_rgb(images)
     top = torch.full((n, gap-pad, w, 3), 255, dtype=torch.uint8)
     grid = tile(torch.cat([top, x], 1).permute(0, 3, 1, 2), ncols, pad)
