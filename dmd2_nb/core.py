@@ -115,7 +115,7 @@ def cond_len(c)->int: # Rows, or 0 for no condition
     cond_map(lambda t: sizes.append(len(t)) or t, c)
     return sizes[0] if sizes else 0
 
-# %% ../nbs/00_core.ipynb #1ca13cf8
+# %% ../nbs/00_core.ipynb #aebc4d73
 class EMA(nn.Module):
     "A network whose weights follow another's with a half-life in updates"
     def __init__(self,
@@ -123,6 +123,7 @@ class EMA(nn.Module):
         halflife:float=200.,   # Updates until half of the average is new; 0 follows at once
     ):
         super().__init__()
+        if not halflife>=0: raise ValueError(f'halflife must not be negative, got {halflife}')
         self.net,self.halflife = deepcopy(net).requires_grad_(False).eval(),halflife
 
     @property
