@@ -75,7 +75,7 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #85791b19
+# %% ../nbs/14_distill.ipynb #f2b51a11
 class DMD2:
     "Networks, optimisers and step count of one run"
     def __init__(self,
@@ -154,7 +154,7 @@ class DMD2:
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
             return add_noise(x, sigma, self.randn(2, len(x))), sigma
-        with self.cast(): return simulate(self.G, self.randn(2, n), self.sigmas, k, cond, self.rng(3))
+        with self.cast(): return simulate(self.G, self.randn(2, n), self.sigmas, k, cond, noises=(self.randn(20+i, n) for i in range(k)))
 
     @torch.no_grad()
     def generate(self, cond=None, real=None):
@@ -177,14 +177,21 @@ class DMD2:
             grads['dm'], = torch.autograd.grad(log['dmd_loss'], x)
         if self.gan_on and self.cfg.gan_g:
             sigma = self.sigma(6, len(x), self.cfg.gan_bins)
-            with self.cast(): logits = self.head(self.fake.encode(add_noise(x, sigma, self.randn(7, len(x))), sigma, cond))
-            log['gan_g_loss'] = gan_g_loss(logits)
-            scale = self.scaler_fake.get_scale() if self.scaler_fake.is_enabled() else 1.
-            grads['gan'] = torch.autograd.grad(log['gan_g_loss']*scale, x)[0]/scale
+            with frozen(self.fake, self.head):
+                with self.cast(): logits = self.head(self.fake.encode(add_noise(x, sigma, self.randn(7, len(x))), sigma, cond))
+                log['gan_g_loss'] = gan_g_loss(logits)
+                scale = self.scaler_fake.get_scale() if self.scaler_fake.is_enabled() else 1.
+                grads['gan'] = torch.autograd.grad(log['gan_g_loss']*scale, x)[0]/scale
         return grads, log
 
     def generator_step(self, cond=None, real=None): # `(x, log)`
         "The generator's turn: gradients at the image, then one product through the generator"
+        x,log = self._generator(cond, real)
+        self.g_updates += 1
+        if self.cfg.gan and self.g_updates==self.cfg.gan_start: self.warm_until = self.step+1+self.cfg.warmup_fake  # a new head warms up first
+        return x, log
+
+    def _generator(self, cond, real):
         c = self.cfg
         x_in,sigma = self.inputs(cond, real)
         with self.cast(): x = self.G(x_in, sigma, cond)
@@ -200,19 +207,22 @@ class DMD2:
         if len(grads)==2: log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
         log['norm_g'] = self._update(self.opt_g, self.scaler_g)
         self.ema.update(self.G)
-        self.g_updates += 1
-        if c.gan and self.g_updates==c.gan_start: self.warm_until = self.step+1+c.warmup_fake  # a new head warms up first
-        return x.detach(), log
+        return x.detach(), {k: v.detach() for k,v in log.items()}
 
     def fake_step(self, x:Tensor, cond=None, real=None): # log
         "The critic's turn: denoise the samples, and tell them from a real batch `(x, cond)`"
+        if self.gan_on and self.cfg.gan_d and real is None: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+        log = self._critic(x, cond, real)
+        self.step += 1
+        return log
+
+    def _critic(self, x, cond, real):
         c,x,log = self.cfg,x.detach(),dict(x_mean=x.mean(), x_std=x.std())
         self.opt_fake.zero_grad(set_to_none=True)
         if c.w_fake:
             with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, self.sigma(9, len(x), c.fake_bins), cond, self.randn(10, len(x)))
             self.scaler_fake.scale(c.w_fake*log['fake_loss']).backward()
         if self.gan_on and c.gan_d:
-            if real is None: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
             both,conds = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond)  # one pass, each sample with its own level and noise
             sigma = self.sigma(11, len(both), c.gan_bins)
             with self.cast(): logits = self.head(self.fake.encode(add_noise(both, sigma, self.randn(12, len(both))), sigma, conds))
@@ -220,7 +230,6 @@ class DMD2:
             log |= dict(gan_d_loss=gan_d_loss(d_real, d_fake), d_real=d_real.mean(), d_fake=d_fake.mean())
             self.scaler_fake.scale(c.gan_d*log['gan_d_loss']).backward()
         log['norm_fake'] = self._update(self.opt_fake, self.scaler_fake)
-        self.step += 1
         return {k: v.detach() for k,v in log.items()}
 
     def _update(self, opt, scaler):

@@ -52,21 +52,22 @@ def heun_sample(
     for x,_ in heun_states(D, z, sigmas, cond, S_churn, S_min, S_max, S_noise, generator): pass
     return x
 
-# %% ../nbs/06_sampling.ipynb #782142de
+# %% ../nbs/06_sampling.ipynb #38807d88
 def few_step_states(
     G,              # `G(x, sigma, cond) -> x0`
     z:Tensor,       # Unit noise, (b, *dims)
     sigmas:Tensor,  # Falling levels, (k,)
     cond=None,      # Passed to `G`
     generator=None, # `torch.Generator` of the noise between steps
+    noises=None,    # Or the unit noises themselves, an iterable
 ): # Yields each input `x` and its level `sigma`, (b,)
     "What a few-step generator meets: noise, then its own samples noised again"
     sigmas = check_sigmas(sigmas).to(z.device)
     level = lambda i: sigmas[i].to(at_least_float32(z).dtype).expand(len(z))
-    x = prior(G, z, level(0))
+    x,noises = prior(G, z, level(0)),None if noises is None else iter(noises)
     for i in range(len(sigmas)):
         yield x, level(i)
-        if i+1<len(sigmas): x = add_noise(G(x, level(i), cond), level(i+1), generator=generator)
+        if i+1<len(sigmas): x = add_noise(G(x, level(i), cond), level(i+1), None if noises is None else next(noises), generator)
 
 @torch.no_grad()
 def few_step_sample(
