@@ -75,9 +75,11 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #f2b51a11
+# %% ../nbs/14_distill.ipynb #14dd2bfb
 class DMD2:
     "Networks, optimisers and step count of one run"
+    capturable = False # Whether the optimisers must work inside CUDA graphs
+
     def __init__(self,
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface
@@ -107,7 +109,7 @@ class DMD2:
         self.ema = EMA(G, cfg.ema_halflife) if ema is None else ema
         self.sigmas = check_sigmas(list(cfg.levels)).to(self.device)
         self.step,self.g_updates,self.warm_until = 0,0,cfg.warmup_fake
-        adam = lambda groups,betas: torch.optim.AdamW(groups, betas=betas, weight_decay=cfg.weight_decay, fused=self.device.type=='cuda')
+        adam = lambda groups,betas: torch.optim.AdamW(groups, betas=betas, weight_decay=cfg.weight_decay, fused=self.device.type=='cuda', capturable=self.capturable)
         self.opt_g = adam([dict(params=trainable(G), lr=cfg.lr_g)], cfg.betas_g)
         self.opt_fake = adam([dict(params=trainable(m), lr=lr) for m,lr in ((fake, cfg.lr_fake), (self.head, cfg.lr_head)) if m is not None], cfg.betas_fake)
         for o in (self.opt_g, self.opt_fake):
@@ -186,6 +188,7 @@ class DMD2:
 
     def generator_step(self, cond=None, real=None): # `(x, log)`
         "The generator's turn: gradients at the image, then one product through the generator"
+        self._ramp(self.opt_g)
         x,log = self._generator(cond, real)
         self.g_updates += 1
         if self.cfg.gan and self.g_updates==self.cfg.gan_start: self.warm_until = self.step+1+self.cfg.warmup_fake  # a new head warms up first
@@ -212,6 +215,7 @@ class DMD2:
     def fake_step(self, x:Tensor, cond=None, real=None): # log
         "The critic's turn: denoise the samples, and tell them from a real batch `(x, cond)`"
         if self.gan_on and self.cfg.gan_d and real is None: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+        self._ramp(self.opt_fake)
         log = self._critic(x, cond, real)
         self.step += 1
         return log
@@ -232,10 +236,15 @@ class DMD2:
         log['norm_fake'] = self._update(self.opt_fake, self.scaler_fake)
         return {k: v.detach() for k,v in log.items()}
 
+    def _ramp(self, opt):
+        "Learning rates of this iteration"
+        ramp = min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.
+        for g in opt.param_groups:
+            if isinstance(g['lr'], Tensor): g['lr'].fill_(g['base_lr']*ramp)
+            else: g['lr'] = g['base_lr']*ramp
+
     def _update(self, opt, scaler):
         "Unscale, clip, step; the gradient norm before clipping"
-        ramp = min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.
-        for g in opt.param_groups: g['lr'] = g['base_lr']*ramp
         scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], self.cfg.clip)
         scaler.step(opt); scaler.update()
