@@ -5,13 +5,19 @@
 # %% auto #0
 __all__ = ['Mixture', 'ring', 'grid', 'two_moons', 'spiral', 'tree', 'checkerboard']
 
-# %% ../nbs/02_toy.ipynb #7e8da679
+# %% ../nbs/02_toy.ipynb #c04b7dd3
 import math
 
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/02_toy.ipynb #e0118d11
+from .core import at_least_float32
+
+# %% ../nbs/02_toy.ipynb #e92ef21b
+def _einsum(eq, *ts):
+    "Exact also inside mixed precision, which would round products to half"
+    with torch.autocast(ts[0].device.type, enabled=False): return torch.einsum(eq, *ts)
+
 class Mixture(nn.Module):
     "A mixture of Gaussians: data, teacher and judge in one"
     def __init__(self,
@@ -21,13 +27,16 @@ class Mixture(nn.Module):
         labels:Tensor=None, # Class of each component, (k,), for conditional use
     ):
         super().__init__()
-        weights,means,covs = (torch.as_tensor(t, dtype=torch.float32) if not torch.is_tensor(t) else t for t in (weights, means, covs))
+        weights,means,covs = (t if torch.is_tensor(t) and t.is_floating_point() else torch.as_tensor(t, dtype=torch.float32) for t in (weights, means, covs))
+        if means.ndim!=2: raise ValueError(f'means must be (k, d), got {tuple(means.shape)}')
         k,d = means.shape
         if weights.shape!=(k,): raise ValueError(f'weights must be ({k},), got {tuple(weights.shape)}')
         if covs.shape!=(k,d,d): raise ValueError(f'covs must be ({k}, {d}, {d}), got {tuple(covs.shape)}')
-        if (weights<0).any() or weights.sum()<=0: raise ValueError(f'weights must not be negative, got {weights.tolist()}')
-        evals,evecs = torch.linalg.eigh(covs)
-        if (evals<=0).any(): raise ValueError(f'covs must be positive definite, least eigenvalue {evals.min():.3g}')
+        if not (weights>=0).all() or not weights.sum()>0: raise ValueError(f'weights must not be negative, got {weights.tolist()}')
+        if not torch.allclose(covs, covs.mT, atol=1e-5*covs.abs().max().item()): raise ValueError('covs must be symmetric')
+        evals,evecs = (t.to(covs) for t in torch.linalg.eigh(covs.cpu().double()))
+        if not (evals>0).all(): raise ValueError(f'covs must be positive definite, least eigenvalue {evals.min():.3g}')
+        if labels is not None and len(labels)!=k: raise ValueError(f'labels must be ({k},), got {len(labels)}')
         for n,t in dict(weights=weights/weights.sum(), means=means, covs=covs, evals=evals, evecs=evecs).items(): self.register_buffer(n, t)
         self.register_buffer('labels', None if labels is None else torch.as_tensor(labels))
 
@@ -43,14 +52,17 @@ class Mixture(nn.Module):
 
     def _parts(self, x, sigma, cond=None):
         "Offsets in each component's axes (b,k,d), their variances, and joint log densities (b,k)"
+        x = at_least_float32(x)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        if (sigma<0).any(): raise ValueError(f'sigma must not be negative, got {sigma.min():.3g}')
-        u = torch.einsum('bkd,kde->bke', x[:,None]-self.means.to(x), self.evecs.to(x))  # (b, k, d)
+        if not (sigma>=0).all(): raise ValueError(f'sigma must not be negative, got {sigma.min():.3g}')
+        u = _einsum('bkd,kde->bke', x[:,None]-self.means.to(x), self.evecs.to(x))       # (b, k, d)
         var = self.evals.to(x) + sigma[:,None,None]**2                                  # (b, k, d)
         logw = self.weights.to(x).log()[None]
         if cond is not None:
             if self.labels is None: raise ValueError('this mixture has no labels, so cond must be None')
-            logw = torch.where(cond[:,None]==self.labels, logw, -torch.inf)
+            mine = cond[:,None]==self.labels
+            if not mine.any(1).all(): raise ValueError(f'no component has class {cond[~mine.any(1)][0].item()}')
+            logw = torch.where(mine, logw, -torch.inf)
             logw = logw - logw.logsumexp(1, keepdim=True)
         return u, var, logw - 0.5*(u**2/var + var.log() + math.log(2*math.pi)).sum(-1)
 
@@ -65,7 +77,7 @@ class Mixture(nn.Module):
     def score(self, x, sigma=0., cond=None):
         "Gradient of `logp` in `x`, (b, d)"
         u,var,lp = self._parts(x, sigma, cond)
-        return -torch.einsum('bk,bke,kde->bd', lp.softmax(1), u/var, self.evecs.to(x))
+        return -_einsum('bk,bke,kde->bd', lp.softmax(1), u/var, self.evecs.to(u))
 
     def denoise(self,
         x:Tensor,   # Noisy points, (b, d)
@@ -74,8 +86,8 @@ class Mixture(nn.Module):
     )->Tensor: # Expected clean point, (b, d)
         "The exact denoiser, by shrinking towards each component's mean"
         u,var,lp = self._parts(x, sigma, cond)
-        shrunk = self.means.to(x) + torch.einsum('bke,kde->bkd', u*self.evals.to(x)/var, self.evecs.to(x))
-        return torch.einsum('bk,bkd->bd', lp.softmax(1), shrunk)
+        shrunk = self.means.to(u) + _einsum('bke,kde->bkd', u*self.evals.to(u)/var, self.evecs.to(u))
+        return _einsum('bk,bkd->bd', lp.softmax(1), shrunk)
 
     forward = denoise
 
