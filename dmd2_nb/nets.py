@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['FourierEmbedding', 'one_hot', 'ToyNet', 'ResBlock', 'Attention', 'UNet']
 
-# %% ../nbs/04_nets.ipynb #c9584633
+# %% ../nbs/04_nets.ipynb #9ca17e2b
 import math
 
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/04_nets.ipynb #a511fc2c
+from .core import at_least_float32
+
+# %% ../nbs/04_nets.ipynb #8a06e141
 class FourierEmbedding(nn.Module):
     "A number as sines and cosines at geometrically spaced frequencies"
     def __init__(self,
@@ -26,7 +28,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, v:Tensor)->Tensor:
         "(b,) to (b, dim)"
-        a = v[:,None].float()*self.freqs
+        a = at_least_float32(v)[:,None]*self.freqs
         return torch.cat((a.cos(), a.sin()), 1)
 
 def one_hot(
