@@ -17,8 +17,8 @@ floors = {
     5: 'train dashboard',
     4: 'distill guards ttur',
     3: 'fake_score backsim regression fid weights sdxl.adapter sdxl.conditioning',
-    2: 'denoiser sampling dmd gan unet features safe_pickle blocks',
-    1: 'plot toy noise nets metrics images parallel preference',
+    2: 'denoiser sampling dmd gan unet features safe_pickle',
+    1: 'plot toy noise nets metrics images parallel preference blocks',
     0: 'core assets checkpoint image_files',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
