@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['drop_labels', 'teacher_opt', 'train_teacher', 'save_teacher_run', 'load_teacher_run']
 
-# %% ../nbs/22_teacher.ipynb #00a1a05d
+# %% ../nbs/22_teacher.ipynb #cf9e97d6
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from .checkpoint import load_folder, load_into, load_optim, optim_tensors, save_folder
 from .core import EMA, compute_dtype, cond_map, cond_to, rng
 from .denoiser import dsm_loss
+from .graphs import CudaGraph
 from .nets import one_hot
 from .noise import lognormal_sigmas
 
@@ -34,7 +35,7 @@ def drop_labels(
         return y*torch.cat([k.expand(-1, n) for k,n in zip(keep.split(1, 1), sizes)], 1)
     return cond_map(drop, cond)
 
-# %% ../nbs/22_teacher.ipynb #74e4d784
+# %% ../nbs/22_teacher.ipynb #694f49b1
 def teacher_opt(
     D,                # Network to train
     lr:float=1e-3,    # Learning rate
@@ -42,7 +43,7 @@ def teacher_opt(
 ): # `torch.optim.Adam`
     "The optimiser that `train_teacher` uses"
     ps = [p for p in D.parameters() if p.requires_grad]
-    return torch.optim.Adam(ps, lr=lr, betas=tuple(betas), fused=True if ps[0].is_cuda else None)
+    return torch.optim.Adam(ps, lr=lr, betas=tuple(betas), fused=True if ps[0].is_cuda else None, capturable=ps[0].is_cuda)
 
 def train_teacher(
     D,                       # Denoiser to train: any network under `EDMPrecond`
@@ -62,6 +63,7 @@ def train_teacher(
     groups=None,             # Parts of the label that are left out separately
     dtype='float32',         # 'float32', 'bfloat16' or 'auto': precision inside the network
     clip=None,               # Limit of the gradient's norm
+    graph:bool=False,        # Replay each update as a CUDA graph; batches must keep their shape
 ): # Yields dict(step, loss, lr, ema, opt) after each update
     "EDM's training of a denoiser (arXiv 2206.00364, section 5); plotting, saving and stopping are the caller's"
     opt = opt or teacher_opt(D, lr(start) if callable(lr) else lr, betas)
@@ -70,24 +72,31 @@ def train_teacher(
     dtype,model = compute_dtype(dtype, device),getattr(D, 'model', D)
     label_dim = getattr(model, 'config', {}).get('label_dim', 0)
     D.train()
+    def update(x, cond, sigma, noise):
+        with torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16): loss = dsm_loss(D, x, sigma, cond, noise)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip: torch.nn.utils.clip_grad_norm_(D.parameters(), clip)
+        opt.step()
+        return loss.detach()
+    if graph:
+        update = CudaGraph(update)
+        for group in opt.param_groups: group['lr'] = torch.tensor(float(group['lr']), device=device)
     for step,(x,cond) in zip(range(start, start+steps), batches):
         x,cond,g = x.to(device),cond_to(cond, device),rng(seed, step, device=device)
         cond = drop_labels(cond, label_dim, label_dropout, g, groups)
         sigma = lognormal_sigmas(len(x), P_mean, P_std, generator=g, device=device)
         noise = torch.randn(x.shape, generator=g, device=device)
         rate = (lr(step) if callable(lr) else lr)*min((step+1)/max(warmup, 1), 1)
-        for group in opt.param_groups: group['lr'] = rate
-        with torch.random.fork_rng([device] if device.type=='cuda' else []), \
-             torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16):
+        for group in opt.param_groups:
+            if torch.is_tensor(group['lr']): group['lr'].fill_(rate)
+            else: group['lr'] = rate
+        with torch.random.fork_rng([device] if device.type=='cuda' else []):
             torch.manual_seed(g.initial_seed())  # dropout inside the network
-            loss = dsm_loss(D, x, sigma, cond, noise)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip: torch.nn.utils.clip_grad_norm_(D.parameters(), clip)
-        opt.step()
+            loss = update(x, cond, sigma, noise)
         ema.halflife = min(halflife, (step+1)/20)
         ema.update(D)
-        yield dict(step=step, loss=loss.detach(), lr=rate, ema=ema, opt=opt)
+        yield dict(step=step, loss=loss.clone(), lr=rate, ema=ema, opt=opt)
 
 # %% ../nbs/22_teacher.ipynb #df2e479c
 def save_teacher_run(
