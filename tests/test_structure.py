@@ -12,9 +12,9 @@ package = root/'dmd2_nb'
 floors = {
     9: 'cli',
     8: 'sdxl.mini sdxl.adapt',
-    7: 'imagenet64 coco_eval experiments sdxl.recipe',
-    6: 'teacher generator sdxl.roles sdxl.data sdxl.checkpoints',
-    5: 'train dashboard',
+    7: 'evaluate imagenet64 coco_eval experiments sdxl.recipe',
+    6: 'teacher generator runs sdxl.roles sdxl.data sdxl.checkpoints',
+    5: 'train dashboard recipes',
     4: 'distill guards ttur',
     3: 'fake_score backsim regression fid weights sdxl.adapter sdxl.conditioning',
     2: 'denoiser sampling dmd gan unet features safe_pickle',
