@@ -57,7 +57,7 @@ class EDMPrecond(nn.Module):
         "Levels from bins of this denoiser's range"
         return bin_sigmas(n, lo, hi, generator, device, self.sigma_min, self.sigma_max)
 
-# %% ../nbs/05_denoiser.ipynb #1ca44183
+# %% ../nbs/05_denoiser.ipynb #12d2d506
 def dsm_loss(
     D,          # Denoiser
     x:Tensor,   # Clean samples, (b, *dims)
@@ -66,7 +66,7 @@ def dsm_loss(
     noise=None, # Unit noise like `x`; drawn when absent
 )->Tensor: # Mean weighted squared error, ()
     "Denoising score matching with the denoiser's own weight (EDM, equation 2)"
-    x = at_least_float32(x)
+    x,sigma = at_least_float32(x),at_least_float32(sigma)
     err = at_least_float32(D(add_noise(x, sigma, noise), sigma, cond)) - x
     return (append_dims(loss_weight(D, sigma), x)*err**2).mean()
 
