@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['toy_config', 'DMD2Config', 'DMD2', 'trainable', 'calibrate_gan_weight']
 
-# %% ../nbs/14_distill.ipynb #4856b018
+# %% ../nbs/14_distill.ipynb #d97489ed
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -75,7 +76,7 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #14dd2bfb
+# %% ../nbs/14_distill.ipynb #43f23462
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
@@ -109,6 +110,7 @@ class DMD2:
         self.ema = EMA(G, cfg.ema_halflife) if ema is None else ema
         self.sigmas = check_sigmas(list(cfg.levels)).to(self.device)
         self.step,self.g_updates,self.warm_until = 0,0,cfg.warmup_fake
+        self.place()
         adam = lambda groups,betas: torch.optim.AdamW(groups, betas=betas, weight_decay=cfg.weight_decay, fused=self.device.type=='cuda', capturable=self.capturable)
         self.opt_g = adam([dict(params=trainable(G), lr=cfg.lr_g)], cfg.betas_g)
         self.opt_fake = adam([dict(params=trainable(m), lr=lr) for m,lr in ((fake, cfg.lr_fake), (self.head, cfg.lr_head)) if m is not None], cfg.betas_fake)
@@ -128,10 +130,19 @@ class DMD2:
         if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()): raise ValueError('the teacher has no weights to copy: pass init=network')
         return cls(teacher, *(deepcopy(net).requires_grad_(True) for _ in range(2)), cfg, **kwargs)
 
+    # -- what a run over several processes replaces --
+    def place(self): "Spread the networks, before the optimisers take hold of their parameters"
+    def syncs(self, *nets, last=True): # Context of a forward and backward pass; `last` of this update?
+        "Where gradients of several processes meet"
+        return nullcontext()
+
     # -- randomness: every draw is named by (seed, step, stream) --
     def rng(self, stream, device=None): return rng(self.cfg.seed, self.step, stream, device=device or self.device)
-    def randn(self, stream, n): return torch.randn(n, *self.shape, generator=self.rng(stream), device=self.device)
-    def sigma(self, stream, n, bins): return sample_sigma(self.fake, n, *bins, generator=self.rng(stream), device=self.device)
+    # `n` is a number of rows, or a tuple of them for a batch put together from parts
+    def randn(self, stream, n): return torch.randn(_rows(n), *self.shape, generator=self.rng(stream), device=self.device)
+    def sigma(self, stream, n, bins): return sample_sigma(self.fake, _rows(n), *bins, generator=self.rng(stream), device=self.device)
+    @property
+    def batch(self): return self.cfg.batch
     def cast(self): return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
     # -- whose turn, which input --
@@ -151,7 +162,7 @@ class DMD2:
 
     def inputs(self, cond=None, real=None):
         "The generator's input `(x, sigma)`, from backward simulation or from real data"
-        n,k = (cond_len(cond) or self.cfg.batch),self.k
+        n,k = (cond_len(cond) or self.batch),self.k
         if self.from_real():
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
@@ -195,22 +206,28 @@ class DMD2:
         return x, log
 
     def _generator(self, cond, real):
-        c = self.cfg
-        x_in,sigma = self.inputs(cond, real)
-        with self.cast(): x = self.G(x_in, sigma, cond)
-        grads,log = self.image_grads(x, cond)
-        grads = {k: g*dict(dm=c.w_dm, gan=c.gan_g)[k] for k,g in grads.items()}
         self.opt_g.zero_grad(set_to_none=True)
-        if grads: x.backward(self.scaler_g.scale(sum(grads.values()).to(x.dtype)))
-        if c.w_reg:
-            z,target,pc = self.pairs.batch(len(x), self.rng(8))
-            with self.cast(): log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0], pc)
-            self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
-        log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
-        if len(grads)==2: log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
+        x,log = self._generator_grads(cond, real)
         log['norm_g'] = self._update(self.opt_g, self.scaler_g)
         self.ema.update(self.G)
-        return x.detach(), {k: v.detach() for k,v in log.items()}
+        return x, {k: v.detach() for k,v in log.items()}
+
+    def _generator_grads(self, cond, real):
+        c = self.cfg
+        x_in,sigma = self.inputs(cond, real)
+        with self.syncs(self.G, last=not c.w_reg):
+            with self.cast(): x = self.G(x_in, sigma, cond)
+            grads,log = self.image_grads(x, cond)
+            grads = {k: g*dict(dm=c.w_dm, gan=c.gan_g)[k] for k,g in grads.items()}
+            if grads: x.backward(self.scaler_g.scale(sum(grads.values()).to(x.dtype)))
+        if c.w_reg:
+            z,target,pc = self.pairs.batch(len(x), self.rng(8))
+            with self.syncs(self.G):
+                with self.cast(): log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0], pc)
+                self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
+        log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
+        if len(grads)==2: log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
+        return x.detach(), log
 
     def fake_step(self, x:Tensor, cond=None, real=None): # log
         "The critic's turn: denoise the samples, and tell them from a real batch `(x, cond)`"
@@ -221,20 +238,27 @@ class DMD2:
         return log
 
     def _critic(self, x, cond, real):
-        c,x,log = self.cfg,x.detach(),dict(x_mean=x.mean(), x_std=x.std())
         self.opt_fake.zero_grad(set_to_none=True)
-        if c.w_fake:
-            with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, self.sigma(9, len(x), c.fake_bins), cond, self.randn(10, len(x)))
-            self.scaler_fake.scale(c.w_fake*log['fake_loss']).backward()
-        if self.gan_on and c.gan_d:
-            both,conds = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond)  # one pass, each sample with its own level and noise
-            sigma = self.sigma(11, len(both), c.gan_bins)
-            with self.cast(): logits = self.head(self.fake.encode(add_noise(both, sigma, self.randn(12, len(both))), sigma, conds))
-            d_real,d_fake = logits.split((len(real[0]), len(x)))
-            log |= dict(gan_d_loss=gan_d_loss(d_real, d_fake), d_real=d_real.mean(), d_fake=d_fake.mean())
-            self.scaler_fake.scale(c.gan_d*log['gan_d_loss']).backward()
+        log = self._critic_grads(x.detach(), cond, real)
         log['norm_fake'] = self._update(self.opt_fake, self.scaler_fake)
         return {k: v.detach() for k,v in log.items()}
+
+    def _critic_grads(self, x, cond, real):
+        c,log = self.cfg,dict(x_mean=x.mean(), x_std=x.std())
+        gan = self.gan_on and c.gan_d
+        if c.w_fake:
+            with self.syncs(self.fake, last=not gan):
+                with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, self.sigma(9, len(x), c.fake_bins), cond, self.randn(10, len(x)))
+                self.scaler_fake.scale(c.w_fake*log['fake_loss']).backward()
+        if gan:
+            both,conds,parts = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond),(len(real[0]), len(x))
+            sigma = self.sigma(11, parts, c.gan_bins)  # one pass, each sample with its own level and noise
+            with self.syncs(self.fake, self.head):
+                with self.cast(): logits = self.head(self.fake.encode(add_noise(both, sigma, self.randn(12, parts)), sigma, conds))
+                d_real,d_fake = logits.split(parts)
+                log |= dict(gan_d_loss=gan_d_loss(d_real, d_fake), d_real=d_real.mean(), d_fake=d_fake.mean())
+                self.scaler_fake.scale(c.gan_d*log['gan_d_loss']).backward()
+        return log
 
     def _ramp(self, opt):
         "Learning rates of this iteration"
@@ -250,11 +274,13 @@ class DMD2:
         scaler.step(opt); scaler.update()
         return norm
 
+def _rows(n): return sum(n) if isinstance(n, tuple) else n
+
 def trainable(m:nn.Module)->list:
     "Parameters that learn"
     return [p for p in m.parameters() if p.requires_grad]
 
-# %% ../nbs/14_distill.ipynb #97447355
+# %% ../nbs/14_distill.ipynb #420d410a
 def calibrate_gan_weight(
     dmd,           # `DMD2` run whose head has learnt for a while
     conds=None,    # Iterator of conditions; None for unconditional runs
@@ -267,7 +293,7 @@ def calibrate_gan_weight(
     for i in range(batches):
         cond = next(conds) if conds is not None else None
         dmd.step = step+i  # other draws; put back below
-        grads,_ = dmd.image_grads(dmd.generate(cond) if not dmd.from_real() else dmd.G(*simulate(dmd.G, dmd.randn(2, cond_len(cond) or dmd.cfg.batch), dmd.sigmas, 0, cond), cond), cond)
+        grads,_ = dmd.image_grads(dmd.generate(cond) if not dmd.from_real() else dmd.G(*simulate(dmd.G, dmd.randn(2, cond_len(cond) or dmd.batch), dmd.sigmas, 0, cond), cond), cond)
         dm,gan = dm+grads['dm'].norm().item()*dmd.cfg.w_dm,gan+grads['gan'].norm().item()
     dmd.step = step
     return ratio*dm/max(gan, 1e-12)
