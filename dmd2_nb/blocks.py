@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['Linear', 'GroupNorm', 'Conv', 'Positional', 'Fourier', 'Block']
 
-# %% ../nbs/21_blocks.ipynb #10c257b4
+# %% ../nbs/21_blocks.ipynb #49dca27c
 from math import sqrt
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/21_blocks.ipynb #a6c6b239
+from .fused import norm_silu
+
+# %% ../nbs/21_blocks.ipynb #01a76c58
 def _draw(shape, law, fan_in, fan_out):
     "Initial values of a weight or a bias"
     if law=='xavier_uniform': return sqrt(6/(fan_in+fan_out))*(2*torch.rand(shape)-1)
@@ -38,6 +40,11 @@ class GroupNorm(nn.Module):
         self.weight,self.bias = nn.Parameter(torch.ones(c)),nn.Parameter(torch.zeros(c))
 
     def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+    def silu(self, x, scale=0., shift=0.):
+        "Norm, scale and shift (b, c), SiLU, in one go"
+        A,B = (self.weight*(1+scale)).expand(len(x), -1),(self.bias*(1+scale) + shift).expand(len(x), -1)
+        return norm_silu(x, A, B, self.groups, self.eps)
 
 # %% ../nbs/21_blocks.ipynb #9dcff64f
 class Conv(nn.Module):
@@ -95,7 +102,7 @@ class Fourier(nn.Module):
         a = v[:,None]*(2*torch.pi*self.freqs.to(v.dtype))
         return torch.cat((a.cos(), a.sin()), 1)
 
-# %% ../nbs/21_blocks.ipynb #fad57b1b
+# %% ../nbs/21_blocks.ipynb #2e11aaac
 class Block(nn.Module):
     "Residual block with optional resampling and self-attention"
     def __init__(self,
@@ -126,12 +133,11 @@ class Block(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w))
 
     def forward(self, x, e):
-        h = self.conv0(F.silu(self.norm0(x)))
-        p = self.affine(e).to(h.dtype)[:,:,None,None]
+        h,p = self.conv0(self.norm0.silu(x)),self.affine(e)
         if self.adaptive:
             scale,shift = p.chunk(2, 1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), scale+1))
-        else: h = F.silu(self.norm1(h+p))
+            h = self.norm1.silu(h, scale, shift)
+        else: h = self.norm1.silu(h + p.to(h.dtype)[:,:,None,None])
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x)))*self.skip_scale
         return (x + self.attend(x))*self.skip_scale if self.heads else x

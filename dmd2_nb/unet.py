@@ -60,7 +60,7 @@ class EDMUNet(nn.Module):
         out,mid = self._run(both, x, c_noise, cond, augment)
         return (out, mid) if features else out
 
-# %% ../nbs/21b_unet.ipynb #600172f7
+# %% ../nbs/21b_unet.ipynb #bae14208
 class ADMUNet(EDMUNet):
     "The ADM network: the ImageNet-64 teacher of EDM and DMD2"
     def __init__(self,
@@ -125,9 +125,9 @@ class ADMUNet(EDMUNet):
         for m in self.dec.values():
             if m.cin!=x.shape[1]: x = torch.cat((x, hs.pop()), 1)
             x = m(x, e)
-        return self.out_conv(F.silu(self.out_norm(x)))
+        return self.out_conv(self.out_norm.silu(x))
 
-# %% ../nbs/21b_unet.ipynb #a1ae0d0d
+# %% ../nbs/21b_unet.ipynb #10edacb6
 class SongUNet(EDMUNet):
     "The DDPM++ and NCSN++ networks: EDM's CIFAR-10, FFHQ and AFHQv2 teachers; the defaults are DDPM++"
     def __init__(self,
@@ -213,7 +213,7 @@ class SongUNet(EDMUNet):
         aux = None
         for name,m in self.dec.items():
             if name.endswith('aux_up'): aux = m(aux)
-            elif name.endswith('aux_norm'): h = F.silu(m(x))
+            elif name.endswith('aux_norm'): h = m.silu(x)
             elif name.endswith('aux_conv'): aux = m(h) if aux is None else aux + m(h)
             else:
                 if m.cin!=x.shape[1]: x = torch.cat((x, hs.pop()), 1)
