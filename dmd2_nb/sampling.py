@@ -14,11 +14,19 @@ from torch import Tensor
 from .core import append_dims, at_least_float32
 from .noise import add_noise, check_sigmas, prior
 
-# %% ../nbs/06_sampling.ipynb #19147c10
+# %% ../nbs/06_sampling.ipynb #236c08a2
 @torch.no_grad()
 def heun_states(
-    D, z, sigmas, cond=None, S_churn:float=0., S_min:float=0., S_max:float=inf, S_noise:float=1., generator=None,
-): # Yields `(x, sigma)` from pure noise to `sigma` 0
+    D,                # Denoiser
+    z:Tensor,         # Unit noise, (b, *dims)
+    sigmas:Tensor,    # Falling levels, (n,); a last step to 0 is added
+    cond=None,        # Passed to `D`
+    S_churn:float=0., # The rest as for `heun_sample`
+    S_min:float=0.,
+    S_max:float=inf,
+    S_noise:float=1.,
+    generator=None,
+): # Yields `(x, sigma)` from pure noise to `sigma` 0, n+1 pairs
     "The path of `heun_sample`, state by state"
     sigmas = check_sigmas(sigmas).double()
     x = prior(D, z, sigmas[0].to(z.device, z.dtype)).double() if z.device.type!='mps' else prior(D, z, sigmas[0].to(z))
