@@ -157,9 +157,10 @@ class FlowDenoiser(SigmaDenoiser):
     def scalings(self, sigma): return 1/(1+sigma), -sigma/(1+sigma), 1/(1+sigma)
     def find(self, sigma): return at_least_float32(1000*sigma/(1+sigma)), (sigma>0)&(sigma<=self.levels[-1].item()*1.0001)  # time is continuous
 
-# %% ../../nbs/30_sdxl.adapter.ipynb #58e0c35d
+# %% ../../nbs/30_sdxl.adapter.ipynb #7ea9423c
 class CondUNet(nn.Module):
     "A diffusers `UNet2DConditionModel` as `net(x, t, cond)`"
+    own_precision = False  # True: computes in the precision of its weights whatever autocast says
     def __init__(self, unet):
         super().__init__()
         self.unet = unet
@@ -170,10 +171,10 @@ class CondUNet(nn.Module):
     def dtype(self): return self.unet.conv_in.weight.dtype
 
     def _call(self, f, x, t, cond):
-        half,auto = self.dtype in (torch.float16, torch.bfloat16),x.device.type!='meta' and torch.is_autocast_enabled(x.device.type)
-        dtype = None if auto and not half else self.dtype  # float32 weights under autocast: leave all to autocast
-        with torch.autocast(x.device.type, enabled=False) if auto and half else nullcontext():
-            return f(x.to(dtype), t, **unet_kwargs(cond, dtype))
+        auto = x.device.type!='meta' and torch.is_autocast_enabled(x.device.type)
+        own = self.own_precision or self.dtype in (torch.float16, torch.bfloat16) or not auto
+        with torch.autocast(x.device.type, enabled=False) if auto and own else nullcontext():
+            return f(x.to(self.dtype) if own else x, t, **unet_kwargs(cond, self.dtype if own else None))
 
     def forward(self, x, t, cond=None): return self._call(lambda *a,**k: self.unet(*a, return_dict=False, **k)[0], x, t, cond)
     def encode(self, x, t, cond=None): return self._call(lambda *a,**k: unet_encode(self.unet, *a, **k), x, t, cond)
