@@ -55,7 +55,7 @@ def check_images(
     if (top := images.abs().max().item())>16: raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
     return to_uint8(images)
 
-# %% ../nbs/24_features.ipynb #d67cbdc5
+# %% ../nbs/24_features.ipynb #d74961f4
 class SmallClassifier(nn.Module):
     "Convolutions, a vector, classes"
     def __init__(self, channels=1, classes=10, width=32, dim=64):
@@ -65,15 +65,16 @@ class SmallClassifier(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a,b in zip(w, w[1:]))
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in w[1:])
         self.vector,self.out = nn.Linear(16*w[-1], dim),nn.Linear(dim, classes)
+        self.register_buffer('scale', torch.ones(()))  # set after training, so that features have size 1
 
     def forward(self, x): # bytes as floats -> features (b, dim)
         x = x/127.5 - 1
         for i,(c,n) in enumerate(zip(self.convs, self.norms)):
             x = F.relu(n(c(x)))
             x = F.max_pool2d(x, 2) if i<2 else F.adaptive_avg_pool2d(x, 4)
-        return self.vector(x.flatten(1))
+        return self.vector(x.flatten(1))/self.scale
 
-    def logits(self, f): return self.out(F.relu(f)) # features -> classes
+    def logits(self, f): return self.out(F.relu(f*self.scale)) # features -> classes
 
 def train_classifier(
     data,          # `ImageData` with labels
@@ -92,7 +93,9 @@ def train_classifier(
         f = net((x+1)*127.5)
         loss = F.cross_entropy(net.logits(F.dropout(f, 0.3)), y, label_smoothing=0.1)
         opt.zero_grad(); loss.backward(); opt.step(); sched.step()
-    return net.eval()
+    net.eval()
+    with torch.no_grad(): net.scale.copy_(net(data.images[:2000].float()).square().mean().sqrt())
+    return net
 
 @torch.no_grad()
 def accuracy(
