@@ -23,7 +23,7 @@ def add_noise(
     if noise is None: noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     return x + append_dims(sigma, x).to(x)*noise
 
-# %% ../nbs/03_noise.ipynb #535ee637
+# %% ../nbs/03_noise.ipynb #ac5e007f
 def karras_sigmas(
     n:int,                # Number of levels, at least 1
     sigma_min:float=0.002,# Last level, > 0
@@ -47,6 +47,7 @@ def check_sigmas(
     "Levels must be positive and fall, or one clear error"
     s = torch.as_tensor(sigmas, dtype=torch.get_default_dtype() if not isinstance(sigmas, Tensor) else sigmas.dtype)
     if s.ndim!=1 or len(s)==0: raise ValueError(f'levels must be a non-empty list, got shape {tuple(s.shape)}')
+    if s.is_cuda: return s  # values are checked on the CPU only: looking at them would wait for the GPU
     if not (s>0).all() or not s.isfinite().all(): raise ValueError(f'levels must be finite and above 0, got {s.tolist()}')
     if len(s)>1 and not (s[1:]<s[:-1]).all(): raise ValueError(f'levels must fall, got {s.tolist()}')
     return s
