@@ -76,7 +76,7 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #43f23462
+# %% ../nbs/14_distill.ipynb #903cf13a
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
@@ -103,10 +103,7 @@ class DMD2:
         self.teacher = teacher if cfg.guidance==1 else Guided(teacher, cfg.guidance, uncond)
         p = next(G.parameters())
         self.device,self.dtype = p.device,compute_dtype(cfg.dtype, p.device)
-        self.head = head
-        if cfg.gan and head is None:
-            with torch.no_grad(): h = fake.encode(torch.zeros(1, *self.shape, device=self.device, dtype=p.dtype), torch.ones(1, device=self.device), probe)
-            with torch.random.fork_rng(devices=[]): torch.manual_seed(cfg.seed); self.head = GanHead(tuple(h.shape[1:])).to(self.device, p.dtype)
+        self.head = self.make_head(fake, probe) if cfg.gan and head is None else head
         self.ema = EMA(G, cfg.ema_halflife) if ema is None else ema
         self.sigmas = check_sigmas(list(cfg.levels)).to(self.device)
         self.step,self.g_updates,self.warm_until = 0,0,cfg.warmup_fake
@@ -129,6 +126,15 @@ class DMD2:
         net = teacher if init is None else init
         if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()): raise ValueError('the teacher has no weights to copy: pass init=network')
         return cls(teacher, *(deepcopy(net).requires_grad_(True) for _ in range(2)), cfg, **kwargs)
+
+    @torch.no_grad()
+    def make_head(self, fake, probe=None):
+        "A GAN head as wide as the fake score's bottleneck, the same wherever the seed is the same"
+        p = next(fake.parameters())
+        h = fake.encode(torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype), torch.ones(1, device=p.device), probe)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.cfg.seed)
+            return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
 
     # -- what a run over several processes replaces --
     def place(self): "Spread the networks, before the optimisers take hold of their parameters"
