@@ -24,20 +24,21 @@ def fake_score_loss(
     "Denoising loss of the fake score on generated samples"
     return dsm_loss(fake, x.detach(), sigma, cond, noise)
 
-# %% ../nbs/11_fake_score.ipynb #8ad186f1
+# %% ../nbs/11_fake_score.ipynb #fd55f6d1
 def empirical_denoiser(
     points:Tensor, # The cloud, (n, *dims); fresh samples of a generator
     chunk:int=4096,# Noisy samples handled at once
 ): # `D(x, sigma, cond=None)`, the exact denoiser of the cloud
     "The denoiser that a perfectly trained fake score would be"
     pts = points.detach().flatten(1)
-    sq = at_least_float32(pts).pow(2).sum(1)
+    pts = pts.double() if pts.device.type!='mps' else pts.float()  # low levels compare differences of squares
+    half = pts.pow(2).sum(1)/2
     def D(x, sigma, cond=None):
-        flat,out = x.flatten(1),[]
-        for xs,ss in zip(flat.split(chunk), sigma.split(chunk)):
-            d2 = (xs.pow(2).sum(1, keepdim=True) - 2*xs@pts.T.to(xs) + sq).clamp(min=0)  # (b, n)
-            out.append(torch.softmax(-d2/(2*ss[:,None]**2), 1)@pts.to(xs))
-        return torch.cat(out).reshape(x.shape)
+        x = at_least_float32(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out = [torch.softmax((xs@pts.T-half)/ss[:,None]**2, 1)@pts  # (b, n) weights; what all points share drops out
+                   for xs,ss in zip(x.flatten(1).to(pts).split(chunk), sigma.to(pts).split(chunk))]
+        return torch.cat(out).reshape(x.shape).to(x)
     return D
 
 @torch.no_grad()
