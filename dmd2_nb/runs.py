@@ -6,8 +6,8 @@
 __all__ = ['Run', 'run_config', 'finished', 'claim_run', 'CsvLog', 'read_log', 'Means', 'Progress', 'follow', 'batches',
            'cond_batches']
 
-# %% ../nbs/19_runs.ipynb #0f583495
-import csv, json, os, shutil, sys, time
+# %% ../nbs/19_runs.ipynb #19460d0a
+import csv, json, math, os, shutil, sys, time
 from itertools import count
 from pathlib import Path
 
@@ -171,7 +171,7 @@ class Means:
         names,self.sums = list(self.sums),{}
         return dict(zip(names, values))
 
-# %% ../nbs/19_runs.ipynb #a97b297b
+# %% ../nbs/19_runs.ipynb #d051a975
 class Progress:
     "A bar with time left; plain lines where nobody watches"
     def __init__(self,
@@ -183,7 +183,7 @@ class Progress:
         self.total,self.start,self.every,self.bar = total,start,every,None
         self.began = self.last = time.monotonic()
         if IN_NOTEBOOK or sys.stdout.isatty():
-            self.bar = progress_bar(range(total-start))
+            self.bar = progress_bar(range(max(total-start, 1)))
             if not IN_NOTEBOOK: self.bar.txt_len,self.bar.length = 100,max(10, self.bar.cols-100)
             self.bar.update(0)
 
@@ -201,7 +201,7 @@ class Progress:
         left = (now-self.began)/max(step-self.start, 1)*(self.total-step)
         print(f'{step}/{self.total}, {now-self.began:.0f} s, {left:.0f} s left: {comment}', flush=True)
 
-# %% ../nbs/19_runs.ipynb #85ce22ba
+# %% ../nbs/19_runs.ipynb #538e62e8
 def follow(
     logs,          # Iterator of dicts of tensors, one an iteration
     run:Run,
@@ -212,23 +212,27 @@ def follow(
     log_every=10,  # Iterations a row
     acts=(),       # Pairs `(every, f)`: `f(step)` may return numbers for the row; `every` 0 never, all at the last step too
     seconds=0.,    # Training time before
+    extra=None,    # Function that gives more numbers for a row
+    stop=None,     # Stop here although more would be left
     bar=Progress,  # Class of the bar
 )->float: # Seconds of training in all
     "Watch a training to its end"
     csvlog,means,bar = CsvLog(run/'log.csv', ('step', 'seconds', *columns), start),Means(),bar(total, start)
     clock = time.perf_counter()
-    for step,log in zip(range(start+1, total+1), logs):
+    for step,log in zip(range(start+1, min(total, stop or total)+1), logs):
         means.add(log)
         due = [f for every,f in acts if every and (step%every==0 or step==total)]
         if step%log_every and step<total and not due: continue
-        row = means.take()  # waits for the device
+        row = means.take() | (extra() if extra else {})  # waits for the device
         now = time.perf_counter()
         seconds,clock = seconds+now-clock,now
         bar.update(step, ' '.join(f'{k} {row[k]:.3g}' for k in show.split() if k in row))
-        for f in due: row |= f(step, seconds) or {}
+        for f in due:
+            more = f(step, seconds)
+            if isinstance(more, dict): row |= more
         csvlog.add(dict(step=step, seconds=seconds, **row))
         clock = time.perf_counter()
-        bad = [k for k,v in row.items() if v!=v or abs(v)==float('inf')]
+        bad = [k for k,v in row.items() if v!=v or abs(v)==math.inf]
         if bad: raise ValueError(f"the run has diverged at step {step}: {', '.join(bad)} {'is' if len(bad)==1 else 'are'} not finite; try lower learning rates")
     return seconds
 

@@ -11,14 +11,14 @@ package = root/'dmd2_nb'
 # A module imports from lower floors only. A new module is entered here.
 floors = {
     9: 'cli',
-    8: 'sdxl.mini sdxl.adapt',
+    8: 'jobs sdxl.mini sdxl.adapt',
     7: 'evaluate imagenet64 coco_eval experiments sdxl.recipe',
     6: 'teacher generator runs sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes',
     4: 'distill guards ttur',
     3: 'fake_score backsim regression fid weights sdxl.adapter sdxl.conditioning',
     2: 'denoiser sampling dmd gan unet features safe_pickle',
-    1: 'plot toy noise nets metrics images parallel preference blocks',
+    1: 'plot toy noise nets metrics images parallel preference blocks feature_nets',
     0: 'core assets checkpoint image_files',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
