@@ -76,7 +76,7 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #903cf13a
+# %% ../nbs/14_distill.ipynb #a1488e85
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
@@ -129,26 +129,19 @@ class DMD2:
 
     @torch.no_grad()
     def make_head(self, fake, probe=None):
-        "A GAN head as wide as the fake score's bottleneck, the same wherever the seed is the same"
         p = next(fake.parameters())
         h = fake.encode(torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype), torch.ones(1, device=p.device), probe)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.cfg.seed)
-            return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
+        with torch.random.fork_rng(devices=[]): torch.manual_seed(self.cfg.seed); return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
 
-    # -- what a run over several processes replaces --
     def place(self): "Spread the networks, before the optimisers take hold of their parameters"
-    def syncs(self, *nets, last=True): # Context of a forward and backward pass; `last` of this update?
-        "Where gradients of several processes meet"
-        return nullcontext()
+    def syncs(self, *nets, last=True): return nullcontext() # around a forward and backward pass; `last` of this update?
 
     # -- randomness: every draw is named by (seed, step, stream) --
     def rng(self, stream, device=None): return rng(self.cfg.seed, self.step, stream, device=device or self.device)
     # `n` is a number of rows, or a tuple of them for a batch put together from parts
     def randn(self, stream, n): return torch.randn(_rows(n), *self.shape, generator=self.rng(stream), device=self.device)
     def sigma(self, stream, n, bins): return sample_sigma(self.fake, _rows(n), *bins, generator=self.rng(stream), device=self.device)
-    @property
-    def batch(self): return self.cfg.batch
+    batch = property(lambda self: self.cfg.batch)
     def cast(self): return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
     # -- whose turn, which input --
