@@ -6,6 +6,7 @@ Single-thread jobs, the most important first; each appends its rows to data/runs
 toy_jobs.csv. Jobs entered there are skipped, so a second call goes on. A job that would pass the time limit is left out."""
 import argparse, csv, os, sys, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+from copy import deepcopy
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from itertools import product
@@ -32,7 +33,8 @@ from dmd2_nb.ttur import ratio_sweep
 recipe = DMD2Config(levels=(2.5,), ttur=5, batch=512, lr_g=1e-3, lr_fake=2e-3, lr_head=2e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99), gan_g=0., gan_d=0.,
                     dm_bins=(150,650), fake_bins=(50,750), gan_bins=(50,700), warmup_fake=100, ema_halflife=50, dtype='float32')
 shared, rates = 1e-3, (3e-4, 1e-3, 2e-3)
-updates = 1000  # generator updates at ratio 5 and 10; ratio 1 goes on to three times as many, about the time of ratio 5
+scale = float(os.environ.get('TOY_SCALE', 1))  # shortens all runs, to try the script
+updates = int(1000*scale)  # generator updates at ratio 5 and 10; ratio 1 goes on to three times as many, about the time of ratio 5
 gan_weights = (0., 0.03, 0.1, 0.3, 1.)
 dists = dict(ring=lambda: ring(8), tree=tree)
 
@@ -40,7 +42,7 @@ dists = dict(ring=lambda: ring(8), tree=tree)
 def init_net(D, seed, steps=600, width=64, depth=4, lr=2e-3, std=None):
     "A network fitted to the samples of mixture `D`: what a teacher's copy is where the teacher has weights"
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); net = EDMPrecond(ToyNet(width=width, depth=depth), sigma_data=std or D.std, sigma_max=20.)
-    opt = torch.optim.Adam(net.parameters(), lr)
+    opt, steps = torch.optim.Adam(net.parameters(), lr), int(steps*min(1, 4*scale))
     for i in range(steps):
         for g in opt.param_groups: g['lr'] = lr*(1-i/steps)
         loss = dsm_loss(net, D.sample(512, generator=rng(seed, 1, i)), sample_sigma(net, 512, generator=rng(seed, 2, i)), noise=torch.randn(512, 2, generator=rng(seed, 3, i)))
@@ -60,7 +62,7 @@ def exact_kl(p, q, n=200_000):
     x = p.sample(n, seed=0)
     return (p.logp(x)-q.logp(x)).mean().item()
 
-def reals(mix, seed, n=512, labelled=False):
+def reals(mix, seed, n=512):
     "Endless real batches"
     i = 0
     while True: yield mix.sample(n, generator=rng(seed, 9, i)), None; i += 1
@@ -86,12 +88,12 @@ class Oracle(nn.Module):
 class OracleDMD2(DMD2):
     "DMD2 whose fake score needs no training"
     def generator_step(self, cond=None, real=None):
-        with torch.no_grad(): self.fake.exact = empirical_denoiser(self.G(*self.inputs(cond)) if not hasattr(self, 'cloud') else few_step_sample(self.G, torch.randn(self.cloud, 2, generator=rng(self.cfg.seed, self.step, 99)), self.sigmas))
+        noise = torch.randn(self.cloud, 2, generator=rng(self.cfg.seed, self.step, 99))
+        self.fake.exact = empirical_denoiser(few_step_sample(self.G, noise, self.sigmas))
         return super().generator_step(cond, real)
     def fake_step(self, x, cond=None, real=None): self.step += 1; return {}
 
 def oracle_run(teacher, net, cfg, cloud=2048):
-    from copy import deepcopy
     run = OracleDMD2(teacher, deepcopy(net), Oracle(deepcopy(net)), replace(cfg, ttur=1, warmup_fake=0))
     run.cloud = cloud
     return run
@@ -117,7 +119,7 @@ class FlowDenoiser(nn.Module):
 def flow_teacher(mix, seed, steps=1500, lr=2e-3, classes=8):
     "A conditional flow-matching network, a sixth of its labels dropped"
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = FlowDenoiser(ToyNet(width=64, depth=4, label_dim=classes))
-    opt = torch.optim.Adam(D.parameters(), lr)
+    opt, steps = torch.optim.Adam(D.parameters(), lr), int(steps*min(1, 4*scale))
     for i in range(steps):
         for g in opt.param_groups: g['lr'] = lr*(1-i/steps)
         g = rng(seed, 4, i)
@@ -137,7 +139,7 @@ def precision_recall(x, ref, k=5):
 class OutOfTime(Exception): pass
 deadline = [float('inf')]
 
-def follow(run, steps, at, judge, every=None, real=None, conds=None):
+def follow(run, steps, at, judge, real=None, conds=None):
     "Train, calling `judge(run, seconds)` at the generator updates in `at`; the seconds are processor time of training alone"
     at, used, last, res = set(at), 0., 0, []
     t = time.process_time()
@@ -157,7 +159,7 @@ def both(judge, head):
         return [dict(**head, net=n, updates=run.g_updates, iters=run.step, seconds=used, **judge(few_step_sample(G, judge.z, run.sigmas))) for n, G in (('raw', run.G), ('ema', run.ema))]
     return f
 
-def cloud(name, x, n=300): return [dict(name=name, x=a, y=b) for a, b in x[:n].tolist()]
+def cloud(name, x, n=150): return [dict(name=name, points=' '.join(f'{v:.2f}' for v in x[:n].flatten().tolist()))]
 
 def match(dist, ratio, lr, seed, times=1, reg=0., gan=0.):
     "One row of the matching table"
@@ -168,9 +170,9 @@ def match(dist, ratio, lr, seed, times=1, reg=0., gan=0.):
     run = DMD2.from_teacher(mix, cfg, init=init_net(mix, seed), pairs=pairs)
     n = updates*3 if ratio==1 else updates
     judge = Judge(mix, seed)
-    rows = follow(run, cfg.warmup_fake + n*ratio - ratio+1, range(0, n+1, 200 if ratio==1 else 100), both(judge, dict(dist=dist, row=row, lr=lr, seed=seed)), real=reals(mix, seed) if gan else None)
+    rows = follow(run, cfg.warmup_fake + n*ratio - ratio+1, range(0, n+1, max(1, n//4 if lr!=shared else n//12 if ratio==1 else n//8)), both(judge, dict(dist=dist, row=row, lr=lr, seed=seed)), real=reals(mix, seed) if gan else None)
     res = dict(toy_match=rows)
-    if seed==0 and lr==shared: res['toy_clouds'] = cloud(f'match {dist} {row} raw', few_step_sample(run.G, judge.z, run.sigmas)) + cloud(f'match {dist} {row} ema', few_step_sample(run.ema, judge.z, run.sigmas))
+    if seed==0 and lr==shared: res['toy_clouds'] = [o for k, G in (('raw', run.G), ('ema', run.ema)) for o in cloud(f'match {dist} {row} {k}', few_step_sample(G, judge.z, run.sigmas))]
     return res
 
 def lines(seed):
@@ -189,18 +191,20 @@ def lines(seed):
 
 def gan(dist, teacher, weight, seed, n=600):
     "Matching a wrong teacher, with the GAN at one weight"
+    n = int(n*scale)
     mix = dists[dist]()
     cfg = replace(recipe, gan_g=weight, gan_d=0.1 if weight else 0., warmup_fake=200, seed=seed)
     if teacher=='brief': T = init_net(mix, seed, steps=150); run = DMD2.from_teacher(T, cfg)
     else: T = wrong_teacher(mix, teacher); run = DMD2.from_teacher(T, cfg, init=init_net(T, seed, std=mix.std))
     judge = Judge(mix, seed)
-    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, (n//3, 2*n//3, n), both(judge, dict(dist=dist, teacher=teacher, weight=weight, seed=seed)), real=reals(mix, seed) if weight else None)
+    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, (n//2, n), both(judge, dict(dist=dist, teacher=teacher, weight=weight, seed=seed)), real=reals(mix, seed) if weight else None)
     res = dict(toy_gan=rows)
     if seed==0 and teacher in ('wide', 'missing') and weight!=0.03: res['toy_clouds'] = cloud(f'gan {dist} {teacher} {weight:g}', few_step_sample(run.ema, judge.z, run.sigmas))
     return res
 
 def multi(dist, rollout, width, seed, n=600):
     "Two steps of a small generator; distance after each"
+    n = int(n*scale)
     mix = dists[dist]()
     levels = (10.,) if rollout=='one' else (10., 1.)
     cfg = replace(recipe, levels=levels, rollout='sim' if rollout=='one' else rollout, seed=seed)
@@ -213,7 +217,7 @@ def multi(dist, rollout, width, seed, n=600):
             with torch.no_grad(): xs = [g(x, s) for x, s in few_step_states(g, judge.z, run.sigmas, generator=rng(seed, 78))]
             rows += [dict(dist=dist, rollout=rollout, width=width, seed=seed, net=net, updates=run.g_updates, seconds=used, step=i+1, **judge(x)) for i, x in enumerate(xs)]
         return rows
-    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, (n//2, n), after_each, real=reals(mix, seed))
+    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, (n,), after_each, real=reals(mix, seed))
     res = dict(toy_multi=rows)
     if seed==0 and dist=='ring' and width==24:
         with torch.no_grad(): xs = [run.ema(x, s) for x, s in few_step_states(run.ema, judge.z, run.sigmas, generator=rng(seed, 78))]
@@ -222,20 +226,23 @@ def multi(dist, rollout, width, seed, n=600):
 
 def paths(kind, seed=0, n=600):
     "Eight noises through a training, and where many noises land at its end"
+    n = int(n*scale)
     mix = dists['ring']()
     cfg = replace(recipe, ttur=1 if kind=='reg' else int(kind[1:]), w_reg=1. if kind=='reg' else 0., seed=seed)
     pairs = TeacherPairs(mix, karras_sigmas(20, 0.01, 20.), 4096, (2,), seed=seed) if kind=='reg' else None
     run = DMD2.from_teacher(mix, cfg, init=init_net(mix, seed), pairs=pairs)
-    z8, z = torch.randn(8, 2, generator=rng(3)), torch.randn(600, 2, generator=rng(4))
+    z8, z = torch.randn(8, 2, generator=rng(3)), torch.randn(400, 2, generator=rng(4))
     def where(run, used): return [dict(kind=kind, updates=run.g_updates, i=i, x=a, y=b) for i, (a, b) in enumerate(few_step_sample(run.G, z8, run.sigmas).tolist())]
     n = 3*n if kind in ('reg', 'r1') else n
-    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, range(0, n+1, n//60), where)
+    rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, range(0, n+1, max(1, n//40)), where)
     land = [dict(kind=kind, zx=a, zy=b, x=c, y=d) for (a, b), (c, d) in zip(z.tolist(), few_step_sample(run.ema, z, run.sigmas).tolist())]
     if kind=='reg': land += [dict(kind='teacher', zx=a, zy=b, x=c, y=d) for (a, b), (c, d) in zip(z.tolist(), heun_sample(mix, z, karras_sigmas(20, 0.01, 20.)).tolist())]
     return dict(toy_paths=rows, toy_landing=land)
 
 def film(critic, seed=0, n=400):
     "The same start, with a learned critic at ratio 1 and 5 and with an exact one"
+    n = int(n*scale)
+    marks = (1, *(n*i//40 for i in (1, 3, 10, 20, 40)))
     mix = dists['ring']()
     net = init_net(mix, seed)
     cfg = replace(recipe, ttur=5 if critic=='learned5' else 1, seed=seed)
@@ -244,8 +251,8 @@ def film(critic, seed=0, n=400):
     def frame(run, used):
         x = few_step_sample(run.G, judge.z, run.sigmas)
         return [dict(critic=critic, updates=run.g_updates, sw=sliced_wasserstein(x, judge.ref, 64), near=mode_share(x, mix).sum().item(), seconds=used,
-                     cloud=' '.join(f'{v:.2f}' for v in x[:200].flatten().tolist()) if run.g_updates in (1, 10, 30, 100, 200, 400) else '')]
-    return dict(toy_film=follow(run, run.cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, {1, *range(10, n+1, 10)}, frame))
+                     cloud=' '.join(f'{v:.2f}' for v in x[:200].flatten().tolist()) if run.g_updates in marks else '')]
+    return dict(toy_film=follow(run, run.cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, {1, *range(0, n+1, max(1, n//40))}, frame))
 
 def chase_run(ratio, lr, seed, critic='learned', width=32, depth=2, target=2., std=0.5):
     "One Gaussian chases another; generator and critic both know the start"
@@ -256,6 +263,7 @@ def chase_run(ratio, lr, seed, critic='learned', width=32, depth=2, target=2., s
 
 def chase(critic, ratio, lr, seed, n=240):
     "Overshoot and settling of the mean"
+    n = int(n*scale)
     z = torch.randn(1024, 2, generator=rng(5))
     def measure(run): return few_step_sample(run.G, z, run.sigmas)[:,0].mean().item()
     track = ratio_sweep(lambda r, l: chase_run(r, l, seed, critic), (ratio,), (lr,), n, measure)[ratio, lr]
@@ -263,6 +271,7 @@ def chase(critic, ratio, lr, seed, n=240):
 
 def beyond(guidance, weight, seed, n=400):
     "A flow teacher, distilled by the same DMD2"
+    n = int(n*scale)
     mix = ring(8, std=0.45)
     T = flow_teacher(mix, seed)
     cfg = replace(recipe, guidance=guidance, gan_g=weight, gan_d=0.1 if weight else 0., dm_bins=(20,850), fake_bins=(5,950), gan_bins=(5,900), warmup_fake=200, seed=seed)
@@ -318,7 +327,7 @@ def work(name, args, until):
         return functions[name](*args), time.process_time()-t
     except OutOfTime: return None, 0.
 
-def short(v): return f'{v:.4g}' if isinstance(v, float) else v
+def short(v): return f'{v:.3g}' if isinstance(v, float) else v
 
 def key(name, args): return '/'.join(map(str, (name, *args)))
 
