@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Linear', 'GroupNorm', 'Conv', 'Positional', 'Fourier', 'Block']
 
-# %% ../nbs/21_blocks.ipynb #49dca27c
+# %% ../nbs/21_blocks.ipynb #ce673b53
 from math import sqrt
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fused import norm_silu
+from .fused import fusable, norm_silu, residual
 
-# %% ../nbs/21_blocks.ipynb #01a76c58
+# %% ../nbs/21_blocks.ipynb #5c19f8a0
 def _draw(shape, law, fan_in, fan_out):
     "Initial values of a weight or a bias"
     if law=='xavier_uniform': return sqrt(6/(fan_in+fan_out))*(2*torch.rand(shape)-1)
@@ -41,12 +41,12 @@ class GroupNorm(nn.Module):
 
     def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-    def silu(self, x, scale=0., shift=0.):
-        "Norm, scale and shift (b, c), SiLU, in one go"
+    def silu(self, x, scale=0., shift=0., pre=None):
+        "Norm of `x + pre`, scale and shift (each (b, c)), SiLU, in one go"
         A,B = (self.weight*(1+scale)).expand(len(x), -1),(self.bias*(1+scale) + shift).expand(len(x), -1)
-        return norm_silu(x, A, B, self.groups, self.eps)
+        return norm_silu(x, A, B, self.groups, self.eps, pre)
 
-# %% ../nbs/21_blocks.ipynb #9dcff64f
+# %% ../nbs/21_blocks.ipynb #d026e8dc
 class Conv(nn.Module):
     "Convolution in the dtype of its input, after halving or doubling the resolution"
     def __init__(self,
@@ -72,13 +72,17 @@ class Conv(nn.Module):
         f = self.resample_filter.to(x.dtype).expand(c, -1, -1, -1)
         return F.conv_transpose2d(x, 4*f, stride=2, padding=pad, groups=c) if self.up else F.conv2d(x, f, stride=2, padding=pad, groups=c)
 
-    def conv(self, x, pad):
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=pad)
+    def conv(self, x, pad, bias=True):
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if bias else None, padding=pad)
 
-    def forward(self, x):
+    def forward(self, x, bias=True): # Without `bias` the caller adds it
         if self.conv_first: return self.resample(self.conv(x, self.kernel//2+self.pad), 0)
         if self.up or self.down: x = self.resample(x, self.pad)
-        return self.conv(x, self.kernel//2) if self.kernel else x
+        return self.conv(x, self.kernel//2, bias) if self.kernel else x
+
+    def pixelwise(self, x):
+        "A 1x1 convolution of rows (b, pixels, c)"
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
 
 # %% ../nbs/21_blocks.ipynb #c66b4aa7
 class Positional(nn.Module):
@@ -102,7 +106,7 @@ class Fourier(nn.Module):
         a = v[:,None]*(2*torch.pi*self.freqs.to(v.dtype))
         return torch.cat((a.cos(), a.sin()), 1)
 
-# %% ../nbs/21_blocks.ipynb #2e11aaac
+# %% ../nbs/21_blocks.ipynb #1040fbf7
 class Block(nn.Module):
     "Residual block with optional resampling and self-attention"
     def __init__(self,
@@ -127,17 +131,28 @@ class Block(nn.Module):
             self.norm2,self.qkv,self.proj = GroupNorm(cout, eps),Conv(cout, 3*cout, 1, **init_attn),Conv(cout, cout, 1, **init_zero)
 
     def attend(self, x):
+        "Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is copied"
         b,c,h,w = x.shape
-        qkv = self.qkv(self.norm2(x)).reshape(b, self.heads, c//self.heads, 3, h*w)  # channels run over heads, then depth, then q k v
-        q,k,v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind()                     # each (b, heads, pixels, depth)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w))
+        rows = lambda t: t.permute(0, 2, 3, 1).reshape(b, h*w, -1)
+        d = c//self.heads
+        W,bias = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
+                  for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))  # stored: heads, depth, q k v; used: q k v, heads, depth
+        q,k,v = F.linear(rows(self.norm2(x)), W, bias[:,0]).reshape(b, h*w, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h*w, c)
+        return self.proj.pixelwise(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
     def forward(self, x, e):
-        h,p = self.conv0(self.norm0.silu(x)),self.affine(e)
-        if self.adaptive:
-            scale,shift = p.chunk(2, 1)
-            h = self.norm1.silu(h, scale, shift)
-        else: h = self.norm1.silu(h + p.to(h.dtype)[:,:,None,None])
-        h = self.conv1(F.dropout(h, self.dropout, self.training))
-        x = (h + (x if self.skip is None else self.skip(x)))*self.skip_scale
-        return (x + self.attend(x))*self.skip_scale if self.heads else x
+        p,fast = self.affine(e),fusable(x)
+        h = self.conv0(self.norm0.silu(x), bias=not fast)
+        pre = self.conv0.bias.expand(len(x), -1) if fast else None  # the convolution's bias, left to the norm
+        if self.adaptive: h = self.norm1.silu(h, *p.chunk(2, 1), pre)
+        else: h = self.norm1.silu(h, pre=p if pre is None else p+pre)
+        h = F.dropout(h, self.dropout, self.training)
+        if fast:
+            owed = self.conv1.bias if self.skip is None or not self.skip.kernel else self.conv1.bias + self.skip.bias
+            x = residual(x if self.skip is None else self.skip(x, bias=False), self.conv1(h, bias=False), owed)
+        else: x = self.conv1(h) + (x if self.skip is None else self.skip(x))
+        if self.skip_scale!=1: x = x*self.skip_scale
+        if not self.heads: return x
+        x = x + self.attend(x)
+        return x*self.skip_scale if self.skip_scale!=1 else x

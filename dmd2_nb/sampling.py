@@ -60,7 +60,7 @@ def heun_sample(
     for x,_ in heun_states(D, z, sigmas, cond, S_churn, S_min, S_max, S_noise, generator): pass
     return x
 
-# %% ../nbs/06_sampling.ipynb #38807d88
+# %% ../nbs/06_sampling.ipynb #1dca679d
 def few_step_states(
     G,              # `G(x, sigma, cond) -> x0`
     z:Tensor,       # Unit noise, (b, *dims)
@@ -70,8 +70,10 @@ def few_step_states(
     noises=None,    # Or the unit noises themselves, an iterable
 ): # Yields each input `x` and its level `sigma`, (b,)
     "What a few-step generator meets: noise, then its own samples noised again"
-    sigmas = check_sigmas(sigmas).to(z.device)
-    level = lambda i: sigmas[i].to(at_least_float32(z).dtype).expand(len(z))
+    sigmas = check_sigmas(sigmas)
+    dtype = at_least_float32(z).dtype
+    def level(i): # no transfer inside a CUDA graph
+        return sigmas[i].to(dtype).expand(len(z)) if sigmas.device==z.device else torch.full((len(z),), float(sigmas[i]), dtype=dtype, device=z.device)
     x,noises = prior(G, z, level(0)),None if noises is None else iter(noises)
     for i in range(len(sigmas)):
         yield x, level(i)
