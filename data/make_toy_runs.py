@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from dmd2_nb.core import append_dims, rng
+from dmd2_nb.core import rng
 from dmd2_nb.denoiser import EDMPrecond, Guided, dsm_loss
 from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.fake_score import empirical_denoiser
@@ -26,6 +26,7 @@ from dmd2_nb.nets import ToyNet
 from dmd2_nb.noise import karras_sigmas, sample_sigma
 from dmd2_nb.regression import TeacherPairs
 from dmd2_nb.sampling import few_step_states, few_step_sample, heun_sample
+from dmd2_nb.sdxl.adapter import FlowDenoiser
 from dmd2_nb.toy import Mixture, ring, tree
 from dmd2_nb.train import train
 from dmd2_nb.ttur import ratio_sweep
@@ -98,27 +99,15 @@ def oracle_run(teacher, net, cfg, cloud=2048):
     run.cloud = cloud
     return run
 
-class FlowDenoiser(nn.Module):
-    "A flow network, `net(x_t, t, cond)` giving noise - data at x_t = (1-t) data + t noise, seen as `D(x, sigma, cond)`"
-    def __init__(self, net): super().__init__(); self.model = net
-    @property
-    def shape(self): return self.model.shape
-    def _t(self, x, sigma): return sigma/(1+sigma), x/append_dims(1+sigma, x)
-    def forward(self, x, sigma, cond=None):
-        t, xt = self._t(x, sigma)
-        return xt - append_dims(t, x)*self.model(xt, t, cond)
-    def encode(self, x, sigma, cond=None):
-        t, xt = self._t(x, sigma)
-        return self.model.encode(xt, t, cond)
-    def prior(self, z, sigma): return z*append_dims(1+sigma, z)
-    def weight(self, sigma): return ((1+sigma)/sigma)**2
-    def sample_sigma(self, n, lo=0, hi=999, generator=None, device=None):
-        t = (torch.randint(lo, hi+1, (n,), generator=generator, device=device)+0.5)/1000
-        return t/(1-t)
+class PerThousand(nn.Module):
+    "A network with time in 0..1, called with time in 0..1000"
+    def __init__(self, net): super().__init__(); self.net, self.shape = net, net.shape
+    def forward(self, x, t, cond=None): return self.net(x, t/1000, cond)
+    def encode(self, x, t, cond=None): return self.net.encode(x, t/1000, cond)
 
 def flow_teacher(mix, seed, steps=1500, lr=2e-3, classes=8):
     "A conditional flow-matching network, a sixth of its labels dropped"
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = FlowDenoiser(ToyNet(width=64, depth=4, label_dim=classes))
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = FlowDenoiser(PerThousand(ToyNet(width=64, depth=4, label_dim=classes)))
     opt, steps = torch.optim.Adam(D.parameters(), lr), int(steps*min(1, 4*scale))
     for i in range(steps):
         for g in opt.param_groups: g['lr'] = lr*(1-i/steps)
@@ -126,7 +115,7 @@ def flow_teacher(mix, seed, steps=1500, lr=2e-3, classes=8):
         c = torch.randint(classes, (512,), generator=g)
         x, noise, t = mix.sample(512, cond=c, generator=g), torch.randn(512, 2, generator=g), torch.rand(512, generator=g)
         row = nn.functional.one_hot(c, classes)*(torch.rand(512, 1, generator=g)>1/6).float()
-        loss = (D.model((1-t[:,None])*x + t[:,None]*noise, t, row) - (noise-x)).pow(2).mean()
+        loss = (D.net((1-t[:,None])*x + t[:,None]*noise, 1000*t, row) - (noise-x)).pow(2).mean()
         opt.zero_grad(); loss.backward(); opt.step()
     return D.requires_grad_(False)
 
