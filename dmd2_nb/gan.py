@@ -15,17 +15,19 @@ from torch.nn import functional as F
 from .core import at_least_float32
 from .noise import add_noise
 
-# %% ../nbs/12_gan.ipynb #b299cae7
+# %% ../nbs/12_gan.ipynb #727a75fb
 class GanHead(nn.Sequential):
     "A logit from bottleneck features: strided convolutions for maps, two layers for vectors"
     def __init__(self,
         shape:tuple, # Features without batch: (c, h, w) with h = w = 4, 8, 16, 32, or (d,)
     ):
         if len(shape)==1: super().__init__(nn.Linear(shape[0], shape[0]), nn.SiLU(), nn.Linear(shape[0], 1)); return
+        if len(shape)!=3: raise ValueError(f'the head takes features (c, h, w) or (d,), got {tuple(shape)}')
         c,h,w = shape
         n = int(math.log2(h/4)) if h>=4 else -1
         if h!=w or n<0 or h!=4*2**n: raise ValueError(f'the head takes square maps of side 4, 8, 16, 32 ..., got {h}x{w}')
-        block = lambda stride,pad: [nn.Conv2d(c, c, 4, stride, pad), nn.GroupNorm(math.gcd(c, 32), c), nn.SiLU()]
+        groups = math.gcd(c, 32 if c>=512 else max(c//16, 1))  # 16 or more channels a group: the last map is one pixel, and the norm of one number is nothing
+        block = lambda stride,pad: [nn.Conv2d(c, c, 4, stride, pad), nn.GroupNorm(groups, c), nn.SiLU()]
         super().__init__(*[m for _ in range(n) for m in block(2, 1)], *block(4, 0), nn.Conv2d(c, 1, 1))
 
     def forward(self,
@@ -44,16 +46,16 @@ def noisy_logits(
     "What the discriminator thinks of samples at a noise level"
     return head(fake.encode(add_noise(x, sigma, noise), sigma, cond))
 
-# %% ../nbs/12_gan.ipynb #462461f4
+# %% ../nbs/12_gan.ipynb #7f9efa38
 def gan_g_loss(
     logits:Tensor, # Discriminator's logits of generated samples
 )->Tensor: # ()
-    "The generator's GAN loss (DMD2, equation 4, non-saturating)"
+    "The generator's GAN loss, non-saturating (DMD2, section 4.3)"
     return F.softplus(-at_least_float32(logits)).mean()
 
 def gan_d_loss(
     real_logits:Tensor, # Logits of real samples
     fake_logits:Tensor, # Logits of generated samples
 )->Tensor: # ()
-    "The discriminator's loss (DMD2, equation 4)"
+    "The discriminator's loss (DMD2, section 4.3)"
     return F.softplus(at_least_float32(fake_logits)).mean() + F.softplus(-at_least_float32(real_logits)).mean()
