@@ -206,16 +206,16 @@ def unet_encode(
         if isinstance(x, tuple): x = x[0]
     return x
 
-# %% ../../nbs/30_sdxl.adapter.ipynb #8c40f942
+# %% ../../nbs/30_sdxl.adapter.ipynb #7f155288
 SDXL_UNET = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320,640,1280), layers_per_block=2,
     down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'),
     transformer_layers_per_block=(1,2,10), attention_head_dim=(5,10,20), cross_attention_dim=2048, use_linear_projection=True,
     addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
 SD15_UNET = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320,640,1280,1280), layers_per_block=2, attention_head_dim=8, cross_attention_dim=768,
     down_block_types=('CrossAttnDownBlock2D',)*3+('DownBlock2D',), up_block_types=('UpBlock2D',)+('CrossAttnUpBlock2D',)*3)
-TINY_SDXL = SDXL_UNET | dict(sample_size=16, block_out_channels=(32,64,64), transformer_layers_per_block=(1,1,2), attention_head_dim=(2,2,4),
+TINY_SDXL = SDXL_UNET | dict(sample_size=16, norm_num_groups=8, block_out_channels=(32,64,64), transformer_layers_per_block=(1,1,2), attention_head_dim=(2,2,4),
     cross_attention_dim=64, addition_time_embed_dim=8, projection_class_embeddings_input_dim=80)
-TINY_SD15 = SD15_UNET | dict(sample_size=32, block_out_channels=(32,32,64,64), attention_head_dim=2, cross_attention_dim=32)
+TINY_SD15 = SD15_UNET | dict(sample_size=32, norm_num_groups=8, block_out_channels=(32,32,64,64), attention_head_dim=2, cross_attention_dim=32)
 
 def make_unet(
     config=TINY_SDXL, # Arguments of `UNet2DConditionModel`
