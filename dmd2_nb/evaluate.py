@@ -21,7 +21,7 @@ from .metrics import frechet, kid
 from .noise import karras_sigmas
 from .sampling import few_step_sample, heun_sample
 
-# %% ../nbs/25b_evaluate.ipynb #5c747f9b
+# %% ../nbs/25b_evaluate.ipynb #cb9df5c1
 def eval_conds(
     data,       # `ImageData` whose conditions are wanted
     n:int,      # How many
@@ -51,6 +51,7 @@ def sheet_conds(
     picks = torch.stack([torch.cat([o]*rows)[:rows] for o in (where[data.labels[where]==k][:rows] for k in kinds)], 1)  # (rows, columns)
     return data.conds(picks.flatten())
 
+# %% ../nbs/25b_evaluate.ipynb #8b05a14e
 @torch.no_grad()
 def draw(
     sampler,        # `sampler(z, cond, generator) -> x`
@@ -85,7 +86,7 @@ def student_sampler(
     "One evaluation a level"
     return lambda z,cond,generator: few_step_sample(G, z, torch.tensor(levels, dtype=torch.float32), cond, generator)
 
-# %% ../nbs/25b_evaluate.ipynb #8a390120
+# %% ../nbs/25b_evaluate.ipynb #d42a9013
 class Judge:
     "Compares sets of images with real ones, through a feature extractor"
     def __init__(self,
@@ -123,6 +124,7 @@ class Judge:
         value,se = kid(a, b)
         return dict(kid=value, kid_se=se, frechet=frechet(a, b), n=n)
 
+# %% ../nbs/25b_evaluate.ipynb #f999c355
 def table(
     rows:dict, # Name -> dict of numbers
 )->str:
@@ -145,7 +147,7 @@ def extractor(
     if make is None: raise ValueError(f"no feature extractor '{name}'")
     return make(device=device)
 
-# %% ../nbs/25b_evaluate.ipynb #c34b9926
+# %% ../nbs/25b_evaluate.ipynb #142153fd
 def save_samples(
     path,          # .npz, compressed
     images:Tensor, # Bytes, (n, c, h, w)
@@ -174,6 +176,7 @@ def load_samples(
     except Exception as e: raise ValueError(f'{path}: not a readable file of samples ({str(e) or type(e).__name__})') from None
     return images if all(made.get(k)==v for k,v in facts.items()) else None
 
+# %% ../nbs/25b_evaluate.ipynb #6a8cfa03
 def teacher_samples(
     D,             # Teacher
     conds,         # Conditions, a tree with n rows

@@ -61,7 +61,7 @@ def finished(folder):
     "Whether a run has come to its end"
     return (Path(folder)/'metrics.json').is_file()
 
-# %% ../nbs/19_runs.ipynb #c3841a3f
+# %% ../nbs/19_runs.ipynb #3df5ef34
 def _lock(folder):
     "A file descriptor that keeps other processes out, or None when one is in"
     try: import fcntl
@@ -86,6 +86,7 @@ def _claim_new(folder, config, cleared=False):
     except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
     return Run(folder, False, lock)
 
+# %% ../nbs/19_runs.ipynb #5f9093cd
 def claim_run(
     out,            # Folder of all runs
     config:dict,    # JSON-able: all that decides the run
@@ -116,7 +117,7 @@ def claim_run(
     why = f"holds a run of another config ({'; '.join(differ[:5])}{' ...' if len(differ)>5 else ''})" if differ else 'holds a finished run'
     raise ValueError(f'{folder} {why}: say --overwrite or choose another --name')
 
-# %% ../nbs/19_runs.ipynb #2c79d3a5
+# %% ../nbs/19_runs.ipynb #a136c212
 class CsvLog:
     "Rows of numbers in a file, one step a row; whole rows only, also after a crash"
     def __init__(self,
@@ -154,6 +155,7 @@ def read_log(
             except (TypeError, ValueError): break  # a line cut short by a crash
     return rows
 
+# %% ../nbs/19_runs.ipynb #309b8a42
 class Means:
     "Collects dicts of tensors, and gives the mean of each entry with one transfer"
     def __init__(self): self.sums = {}
