@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Linear', 'GroupNorm', 'Conv', 'Positional', 'Fourier', 'Block']
 
-# %% ../nbs/21_blocks.ipynb #ce673b53
+# %% ../nbs/21_blocks.ipynb #cc8a2643
 from math import sqrt
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fused import fusable, norm_silu, residual
+from .fused import fusable, halve, norm_silu, residual
 
-# %% ../nbs/21_blocks.ipynb #5c19f8a0
+# %% ../nbs/21_blocks.ipynb #c1ecf818
 def _draw(shape, law, fan_in, fan_out):
     "Initial values of a weight or a bias"
     if law=='xavier_uniform': return sqrt(6/(fan_in+fan_out))*(2*torch.rand(shape)-1)
@@ -41,12 +41,12 @@ class GroupNorm(nn.Module):
 
     def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-    def silu(self, x, scale=0., shift=0., pre=None):
+    def silu(self, x, scale=0., shift=0., pre=None, act=True):
         "Norm of `x + pre`, scale and shift (each (b, c)), SiLU, in one go"
         A,B = (self.weight*(1+scale)).expand(len(x), -1),(self.bias*(1+scale) + shift).expand(len(x), -1)
-        return norm_silu(x, A, B, self.groups, self.eps, pre)
+        return norm_silu(x, A, B, self.groups, self.eps, pre, act)
 
-# %% ../nbs/21_blocks.ipynb #d026e8dc
+# %% ../nbs/21_blocks.ipynb #009e3f35
 class Conv(nn.Module):
     "Convolution in the dtype of its input, after halving or doubling the resolution"
     def __init__(self,
@@ -67,7 +67,7 @@ class Conv(nn.Module):
         self.register_buffer('resample_filter', (f.outer(f)/f.sum()**2)[None,None] if up or down else None)
 
     def resample(self, x, pad):
-        if self.plain: return F.interpolate(x, scale_factor=2., mode='nearest') if self.up else F.avg_pool2d(x, 2)
+        if self.plain: return F.interpolate(x, scale_factor=2., mode='nearest') if self.up else halve(x)
         c = x.shape[1]
         f = self.resample_filter.to(x.dtype).expand(c, -1, -1, -1)
         return F.conv_transpose2d(x, 4*f, stride=2, padding=pad, groups=c) if self.up else F.conv2d(x, f, stride=2, padding=pad, groups=c)
@@ -106,7 +106,7 @@ class Fourier(nn.Module):
         a = v[:,None]*(2*torch.pi*self.freqs.to(v.dtype))
         return torch.cat((a.cos(), a.sin()), 1)
 
-# %% ../nbs/21_blocks.ipynb #1040fbf7
+# %% ../nbs/21_blocks.ipynb #611e7f26
 class Block(nn.Module):
     "Residual block with optional resampling and self-attention"
     def __init__(self,
@@ -137,7 +137,7 @@ class Block(nn.Module):
         d = c//self.heads
         W,bias = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
                   for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))  # stored: heads, depth, q k v; used: q k v, heads, depth
-        q,k,v = F.linear(rows(self.norm2(x)), W, bias[:,0]).reshape(b, h*w, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
+        q,k,v = F.linear(rows(self.norm2.silu(x, act=False)), W, bias[:,0]).reshape(b, h*w, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h*w, c)
         return self.proj.pixelwise(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
