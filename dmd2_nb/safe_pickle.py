@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# %% ../nbs/22a_safe_pickle.ipynb #0090e6f5
+# %% ../nbs/22a_safe_pickle.ipynb #b9d59a8b
 class RefusedPickle(ValueError):
     "The file asks for something that is not data"
 
@@ -22,29 +22,34 @@ class Thing:
     def __init__(self, name, args=(), state=None): self.name,self.args,self.state = name,args,state
     def __repr__(self): return f'Thing({self.name})'
 
+# %% ../nbs/22a_safe_pickle.ipynb #570100ce
+class _Numbers:
+    "A storage and the dtype of what is in it"
+    def __init__(self, typed): self.raw,self.dtype = typed.untyped(),typed.dtype
+    def __len__(self): return self.raw.nbytes()//self.dtype.itemsize
+
 def _storage(b):
     "The numbers behind a tensor"
     if not isinstance(b, bytes): raise TypeError(f'a storage is made of bytes, not of {type(b).__name__}')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            s = torch.load(io.BytesIO(b), map_location='cpu', weights_only=True)
+            return _Numbers(torch.load(io.BytesIO(b), map_location='cpu', weights_only=True))
     except Exception as e:
         name = re.search(r'GLOBAL (\S+)', str(e))
         if name: raise RefusedPickle(f"the bytes of a tensor ask for '{name[1]}'") from None
         raise TypeError('the bytes of a tensor cannot be read') from None
-    if not isinstance(s, torch.storage.TypedStorage): raise TypeError(f'the bytes of a tensor hold a {type(s).__name__}')
-    return s
 
 def _tensor(storage, offset, size, stride, *_):
     "A contiguous tensor, after checking that it lies within its storage"
     size,stride = tuple(size),tuple(stride)
-    if not isinstance(storage, torch.storage.TypedStorage) or len(size)!=len(stride) or any(type(i) is not int or i<0 for i in (offset, *size, *stride)):
+    if not isinstance(storage, _Numbers) or len(size)!=len(stride) or any(type(i) is not int or i<0 for i in (offset, *size, *stride)):
         raise TypeError('a tensor is described wrongly')
     end = offset + sum((n-1)*s for n,s in zip(size, stride)) + 1 if prod(size) else offset
     if end>len(storage) or prod(size)>len(storage): raise TypeError(f'a tensor of shape {size} is larger than its storage')
-    return torch.empty(0, dtype=storage.dtype).set_(storage.untyped(), offset, size, stride).contiguous()
+    return torch.empty(0, dtype=storage.dtype).set_(storage.raw, offset, size, stride).contiguous()
 
+# %% ../nbs/22a_safe_pickle.ipynb #405d1445
 def _scalar(dtype, b):
     "A NumPy number as a Python number"
     code = dict(f8='d', f4='f', f2='e', i8='q', i4='i', i2='h', i1='b', u1='B', u2='H', u4='I', u8='Q', b1='?').get(dtype.args[0])
@@ -73,6 +78,7 @@ def _as_set(items=()): return set(_flat(list(items)))
 def _first(x, *_): return x
 def _as_thing(name): return lambda *args: Thing(name, args)
 
+# %% ../nbs/22a_safe_pickle.ipynb #9f38c239
 CALLS = {  # what a name in the file stands for here
     'torch_utils.persistence._reconstruct_persistent_obj': _persistent, 'torch.storage._load_from_bytes': _storage,
     'torch._utils._rebuild_tensor_v2': _tensor, 'torch._utils._rebuild_tensor': _tensor, 'torch._utils._rebuild_parameter': _first,
@@ -81,7 +87,7 @@ CALLS = {  # what a name in the file stands for here
     'numpy.core.multiarray.scalar': _scalar, 'numpy._core.multiarray.scalar': _scalar, 'numpy.dtype': _as_thing('numpy.dtype'),
 } | {f'torch.nn.modules.container.{o}': _as_thing(o) for o in ('ModuleDict', 'ModuleList', 'Sequential')}
 
-# %% ../nbs/22a_safe_pickle.ipynb #a5f0a839
+# %% ../nbs/22a_safe_pickle.ipynb #eb65443b
 class Name(str):
     "A name that the file imports: one of `CALLS`"
 
@@ -104,10 +110,12 @@ def _put(d, items):
     if type(d) is not dict or len(items)%2: raise TypeError('items that belong to no dict')
     for k,v in zip(_flat(items[::2]), items[1::2]): d[k] = v
 
+# %% ../nbs/22a_safe_pickle.ipynb #5e828023
 LITERALS = set('''INT LONG BININT BININT1 BININT2 LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
     UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 FLOAT BINFLOAT'''.split())
 EMPTY = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_LIST=list, EMPTY_DICT=dict, EMPTY_SET=set, EMPTY_TUPLE=tuple)
 
+# %% ../nbs/22a_safe_pickle.ipynb #cacf06b7
 def _run(ops):
     "The value that a stream of instructions builds"
     stack,marks,memo = [],[],{}
@@ -125,7 +133,7 @@ def _run(ops):
         elif o in ('PROTO','FRAME'): pass
         elif o=='MARK': marks.append(stack); stack = []
         elif o=='TUPLE': v = tuple(since_mark()); stack.append(v)
-        elif o in ('TUPLE1','TUPLE2','TUPLE3'): n = int(o[-1]); v = tuple(stack[-n:]); del stack[-n:]; stack.append(v)
+        elif o in ('TUPLE1','TUPLE2','TUPLE3'): n = int(o[-1]); v = tuple(stack[i] for i in range(-n, 0)); del stack[-n:]; stack.append(v)
         elif o=='LIST': v = since_mark(); stack.append(v)
         elif o=='DICT': items,v = since_mark(),{}; _put(v, items); stack.append(v)
         elif o=='FROZENSET': v = frozenset(_flat(since_mark())); stack.append(v)
@@ -146,6 +154,7 @@ def _run(ops):
         elif o=='STOP': return stack.pop()
         else: raise RefusedPickle(f'it uses the instruction {o}' + (f" with '{arg}'" if arg is not None else ''))
 
+# %% ../nbs/22a_safe_pickle.ipynb #2f896427
 def read_pickle(
     path, # File, or the bytes themselves
 ): # What it holds: numbers, strings, containers, tensors, and `Thing`s
@@ -179,13 +188,14 @@ def module_state(
         if m is not None: out |= module_state(m, f'{prefix}{k}.')
     return out
 
-# %% ../nbs/22a_safe_pickle.ipynb #643f507f
+# %% ../nbs/22a_safe_pickle.ipynb #1b11627d
 def write_edm_pickle(
     obj,       # What to write, say `dict(ema=D)`
     path,      # File to write
     kwargs={}, # Constructor arguments to keep with the outermost module
     names={},  # Class name here -> class name in the file
     protocol=4,
+    args=(),   # Constructor arguments that were given by position
 ):
     "A file of the layout of the published EDM pickles, to test readers with"
     import pickle, sys, types
@@ -194,15 +204,14 @@ def write_edm_pickle(
     mods['torch_utils.persistence']._reconstruct_persistent_obj = _reconstruct_persistent_obj
     _reconstruct_persistent_obj.__module__,_reconstruct_persistent_obj.__qualname__ = 'torch_utils.persistence','_reconstruct_persistent_obj'
     class Pickler(pickle.Pickler):
-        kwargs = {}
+        first = dict(_init_args=args, _init_kwargs=kwargs)
         def reducer_override(self, o):
             if not isinstance(o, torch.nn.Module) or type(o).__module__=='torch.nn.modules.container': return NotImplemented
-            state,self.kwargs = o.__dict__ | dict(_init_args=(), _init_kwargs=dict(self.kwargs)),{}
+            state,self.first = o.__dict__ | self.first,dict(_init_args=(), _init_kwargs={})
             name = names.get(type(o).__name__, type(o).__name__)
             return _reconstruct_persistent_obj, (dict(type='class', version=6, module_src='raise SystemExit', class_name=name, state=state),)
     with open(path, 'wb') as f:
         pickler = Pickler(f, protocol)
-        pickler.kwargs = kwargs
         sys.modules.update(mods)
         try: pickler.dump(obj)
         finally:

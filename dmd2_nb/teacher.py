@@ -41,7 +41,7 @@ def drop_labels(
         return y*torch.cat([k.expand(-1, n) for k,n in zip(keep.split(1, 1), sizes)], 1)
     return cond_map(drop, cond)
 
-# %% ../nbs/22_teacher.ipynb #694f49b1
+# %% ../nbs/22_teacher.ipynb #42f60815
 def teacher_opt(
     D,                # Network to train
     lr:float=1e-3,    # Learning rate
@@ -51,6 +51,7 @@ def teacher_opt(
     ps = [p for p in D.parameters() if p.requires_grad]
     return torch.optim.Adam(ps, lr=lr, betas=tuple(betas), fused=True if ps[0].is_cuda else None, capturable=ps[0].is_cuda)
 
+# %% ../nbs/22_teacher.ipynb #dc8bcbbf
 def train_teacher(
     D,                       # Denoiser to train: any network under `EDMPrecond`
     batches,                 # Iterator of `(x, cond)`, x in [-1, 1]; on a resumed run it begins at batch `start`
@@ -104,7 +105,7 @@ def train_teacher(
         ema.update(D)
         yield dict(step=step, loss=loss.clone(), lr=rate, ema=ema, opt=opt)
 
-# %% ../nbs/22_teacher.ipynb #df2e479c
+# %% ../nbs/22_teacher.ipynb #cae2712a
 def save_teacher_run(
     folder, # Where to; replaced if it exists
     D,      # Network in training
@@ -116,6 +117,7 @@ def save_teacher_run(
     return save_folder(folder, dict(net=D.state_dict(), ema=ema.net.state_dict(), opt=tensors),
                        dict(step=log['step']+1, halflife=ema.halflife, groups=groups))
 
+# %% ../nbs/22_teacher.ipynb #eaa2f8e0
 def load_teacher_run(
     folder, # Of `save_teacher_run`
     D,      # Network of the same shape; filled
@@ -127,7 +129,7 @@ def load_teacher_run(
     ema.halflife = state['halflife']
     return dict(start=state['step'], opt=opt, ema=ema)
 
-# %% ../nbs/22_teacher.ipynb #c6c9ce97
+# %% ../nbs/22_teacher.ipynb #32a40dfe
 def edm_imagenet64_kwargs()->dict: # Arguments of `ADMUNet`
     "The network of EDM's ImageNet-64 teacher, the one DMD2 distils"
     return dict(img_resolution=64, in_channels=3, out_channels=3, label_dim=1000, augment_dim=0, model_channels=192, channel_mult=[1,2,3,4],
@@ -135,17 +137,19 @@ def edm_imagenet64_kwargs()->dict: # Arguments of `ADMUNet`
 
 PARTS = dict(teacher='real_unet.', fake_score='fake_unet.', head='cls_pred_branch.')  # of DMD2's guidance file
 
+# %% ../nbs/22_teacher.ipynb #6d814321
 def _torch_file(path):
     "A state dict saved by PyTorch; nothing but tensors is read"
     with open(path, 'rb') as f: zipped = f.read(2)==b'PK'
     try: state = torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except Exception as e:
         name = re.search(r'GLOBAL (\S+)', str(e))
-        raise ValueError(f"{path} is refused: it asks for '{name[1]}'" if name else f'{path} is truncated or damaged ({str(e).splitlines()[0][:100]})') from None
+        raise ValueError(f"{path} is refused: it asks for '{name[1]}'" if name else f'{path} is truncated or damaged ({(str(e) or type(e).__name__).splitlines()[0][:100]})') from None
     odd = [k for k,v in state.items() if not isinstance(v, Tensor)] if isinstance(state, dict) else [type(state).__name__]
     if odd: raise ValueError(f'{path} is not a state dict, it holds: {", ".join(map(str, odd[:10]))}')
     return dict(state)
 
+# %% ../nbs/22_teacher.ipynb #7e74ea5b
 def _edm_pickle(path):
     "State and config from a published EDM pickle"
     data = read_pickle(path)
@@ -164,6 +168,7 @@ def _edm_pickle(path):
     if 0<lo<hi<float('inf'): config |= dict(sigma_min=lo, sigma_max=hi)
     return state, config
 
+# %% ../nbs/22_teacher.ipynb #50a0e38f
 def _file_in(folder, part):
     "The file of a DMD2 folder that has the part"
     names = ('pytorch_model.bin','model.safetensors') if part=='generator' else ('pytorch_model_1.bin','model_1.safetensors')
@@ -183,6 +188,7 @@ def _read(path):
     if path.suffix=='.pkl' or head[:1]==b'\x80': return _edm_pickle(path)
     raise ValueError(f'{path} is neither safetensors, nor a PyTorch state dict, nor an EDM pickle')
 
+# %% ../nbs/22_teacher.ipynb #16a533b3
 def _fill(state, config, kwargs, source):
     "A denoiser from tensors and arguments"
     if config is None: config = dict(net='ADMUNet' if 'model.out_norm.weight' in state else 'SongUNet', args=kwargs or edm_imagenet64_kwargs())
@@ -196,7 +202,7 @@ def _fill(state, config, kwargs, source):
     if wrong: raise ValueError(f'{source}: {wrong[0]} is not the filter {taps.tolist()}')
     return D.eval()
 
-# %% ../nbs/22_teacher.ipynb #07ba6516
+# %% ../nbs/22_teacher.ipynb #0446ad9f
 def _part(state, part, source):
     "One network of DMD2's guidance file"
     nets = (PARTS['teacher'], PARTS['fake_score'])
@@ -208,6 +214,7 @@ def _part(state, part, source):
     if odd: raise ValueError(f'{source}: unexpected: {", ".join(odd[:10])}' + (f' and {len(odd)-10} more' if len(odd)>10 else ''))
     return {k.removeprefix(PARTS[part]): v for k,v in state.items() if k.startswith(PARTS[part])}
 
+# %% ../nbs/22_teacher.ipynb #b12fcf7b
 def load_edm(
     path,         # safetensors, state dict (.pt, .bin), EDM pickle (.pkl), or a folder of DMD2
     part=None,    # Of a folder: 'generator' (default), 'teacher' or 'fake_score'; of a guidance file one of the last two
@@ -222,6 +229,7 @@ def load_edm(
     if config and config.get('net') not in ('ADMUNet', 'SongUNet'): return load_denoiser(path, device)[0]
     return _fill(_part(state, part, path), config, kwargs, path).to(device)
 
+# %% ../nbs/22_teacher.ipynb #00013964
 def load_dmd2_edm(
     path,     # Folder of DMD2, or its guidance file
     **kwargs, # Constructor arguments; ImageNet-64 when absent
