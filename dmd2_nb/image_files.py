@@ -44,7 +44,7 @@ def image_tensor(im)->Tensor: # uint8 (c, h, w)
     a = np.array(im)
     return torch.from_numpy(a[None] if a.ndim==2 else a.transpose(2, 0, 1).copy())
 
-# %% ../nbs/20b_image_files.ipynb #d770b6f7
+# %% ../nbs/20b_image_files.ipynb #c1775179
 def label_range(labels:Tensor)->tuple: # (lowest, highest)
     "Extremes of integer labels"
     return int(labels.min()),int(labels.max())
@@ -59,6 +59,7 @@ def check_labels(labels, classes, path):
     if lo<0 or (classes and hi>=classes): raise ValueError(f'{path}: label {lo if lo<0 else hi} is outside the {classes or hi+1} classes')
     return classes or hi+1
 
+# %% ../nbs/20b_image_files.ipynb #75fd7f49
 class ImageFiles:
     "Images decoded when they are asked for"
     def __init__(self,

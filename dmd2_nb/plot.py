@@ -154,7 +154,7 @@ def show_images(
     if title: ax.set_title(title)
     return ax
 
-# %% ../nbs/01_plot.ipynb #59359888
+# %% ../nbs/01_plot.ipynb #18fb1ac0
 def log_columns(
     logs, # Dicts of numbers or one-element tensors, one a step; entries may be missing
 ): # Name -> (steps, values)
@@ -167,6 +167,7 @@ def log_columns(
                 xs.append(i); ys.append(float(v))
     return cols
 
+# %% ../nbs/01_plot.ipynb #93e7f0fe
 def show_losses(
     logs,          # Dicts of numbers or one-element tensors, one a step; entries may be missing
     names=None,    # Which entries, a list or one string with spaces; all when absent
