@@ -243,20 +243,20 @@ def film(critic, seed=0, n=400):
                      cloud=' '.join(f'{v:.2f}' for v in x[:200].flatten().tolist()) if run.g_updates in marks else '')]
     return dict(toy_film=follow(run, run.cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, {1, *range(0, n+1, max(1, n//40))}, frame))
 
-def chase_run(ratio, lr, seed, critic='learned', width=32, depth=2, target=2., std=0.5):
-    "One Gaussian chases another; generator and critic both know the start"
+def chase_run(ratio, times, seed, critic='learned', width=32, depth=2, target=2., std=0.5, lr=1e-3):
+    "One Gaussian chases another; generator and critic both know the start. The critic's learning rate is `times` the generator's"
     start, teacher = (Mixture(torch.ones(1), torch.tensor([[m, 0.]]), std**2*torch.eye(2)[None]) for m in (-target, target))
     net = init_net(start, seed, steps=300, width=width, depth=depth, std=std)
-    cfg = replace(recipe, ttur=ratio, lr_g=lr, lr_fake=lr, batch=256, warmup_fake=100, seed=seed)
+    cfg = replace(recipe, ttur=ratio, lr_g=lr, lr_fake=times*lr, batch=256, warmup_fake=100, seed=seed)
     return oracle_run(teacher, net, cfg) if critic=='oracle' else DMD2.from_teacher(teacher, cfg, init=net)
 
-def chase(critic, ratio, lr, seed, n=240):
+def chase(critic, ratio, times, seed, n=200):
     "Overshoot and settling of the mean"
     n = int(n*scale)
     z = torch.randn(1024, 2, generator=rng(5))
     def measure(run): return few_step_sample(run.G, z, run.sigmas)[:,0].mean().item()
-    track = ratio_sweep(lambda r, l: chase_run(r, l, seed, critic), (ratio,), (lr,), n, measure)[ratio, lr]
-    return dict(toy_chase=[dict(critic=critic, ratio=ratio, lr=lr, seed=seed, mean=' '.join(f'{v:.2f}' for v in track[::4]))])
+    track = ratio_sweep(lambda r, l: chase_run(r, l, seed, critic), (ratio,), (times,), n, measure)[ratio, times]
+    return dict(toy_chase=[dict(critic=critic, ratio=ratio, times=times, seed=seed, mean=' '.join(f'{v:.2f}' for v in track[::4]))])
 
 def beyond(guidance, weight, seed, n=400):
     "A flow teacher, distilled by the same DMD2"
@@ -298,8 +298,8 @@ def jobs(seeds):
     yield from (('film', (c,)) for c in ('learned5', 'learned', 'oracle'))
     yield from (('paths', (k,)) for k in ('r5', 'r1', 'reg'))
     yield from (('multi', ('ring', r, 24, s)) for s, r in product(S, ('sim', 'real', 'mix', 'one')))
-    yield from (('chase', ('learned', r, l, s)) for s, r, l in product(range(min(seeds, 3)), (10, 5, 4, 2, 1), (3e-4, 1e-3, 3e-3)))
-    yield from (('chase', ('oracle', 1, l, s)) for s, l in product(range(min(seeds, 3)), (3e-4, 1e-3, 3e-3)))
+    yield from (('chase', ('learned', r, l, s)) for s, r, l in product(range(min(seeds, 3)), (10, 5, 4, 2, 1), (0.1, 0.3, 0.5, 1.)))
+    yield from (('chase', ('oracle', 1, 1., s)) for s in range(min(seeds, 3)))
     yield from (('gan', ('ring', t, w, s)) for s, t, w in product(S, ('missing', 'eighth', 'brief'), gan_weights))
     yield from (('beyond', (g, w, s)) for s, g, w in product(range(min(seeds, 3)), (1., 2., 4.), (0., 0.1, 0.3)))
     yield from (('match', (d, r, l, s)) for s, d, r, l in product(S, both_d, (10, 5, 1), [l for l in rates if l!=shared]))

@@ -42,17 +42,17 @@ def settling(
     out = (d.abs()>tol*d[0].abs()).nonzero()
     return int(out.max())+1 if len(out) else 0
 
-# %% ../nbs/11b_ttur.ipynb #7a808e42
+# %% ../nbs/11b_ttur.ipynb #e00ace4e
 def ratio_sweep(
-    make,       # `make(ratio, lr)`: a fresh run such as `DMD2`
+    make,       # `make(ratio, rate)`: a fresh run such as `DMD2`
     ratios,     # Critic updates per generator update to try
-    lrs,        # Learning rates to try
+    rates,      # Learning rates to try, of whichever network
     updates:int,# Generator updates of each run
     measure,    # `measure(run) -> float`, at the start and after each generator update
-)->dict: # (ratio, lr): (updates+1,) numbers
+)->dict: # (ratio, rate): (updates+1,) numbers
     "One track for each ratio and learning rate"
     tracks = {}
-    for key in ((r, l) for r in ratios for l in lrs):
+    for key in ((r, l) for r in ratios for l in rates):
         run = make(*key)
         track = [measure(run)]
         while len(track)<=updates:
