@@ -76,7 +76,7 @@ def lora_shapes(layer, rank): # Shapes of A and B
     if isinstance(layer, nn.Linear): return (rank, layer.in_features), (layer.out_features, rank)
     return (rank, layer.in_channels//layer.groups, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
 
-# %% ../../nbs/32a_sdxl.lora.ipynb #b67bad46
+# %% ../../nbs/32a_sdxl.lora.ipynb #b48a84b3
 LORA_TARGETS = ('to_q','to_k','to_v','to_out.0','proj_in','proj_out','ff.net.0.proj','ff.net.2','conv1','conv2','conv_shortcut',
                 'downsamplers.0.conv','upsamplers.0.conv','time_emb_proj')  # those of DMD2's SDXL LoRA
 BLOCKS = 'BasicTransformerBlock','ResnetBlock2D'
@@ -88,7 +88,8 @@ class AdapterBase:
         targets=LORA_TARGETS,    # Endings of the layers that get matrices
         checkpointing=True,      # Recompute blocks in the backward pass instead of keeping their activations
     ):
-        self.unet,self.targets,self.checkpointing,self.active = unet.requires_grad_(False).eval(),tuple(targets),checkpointing,(None, 0, 0.)
+        self.unet,self.targets,self.checkpointing = unet.requires_grad_(False).eval(),tuple(targets),checkpointing
+        self.active,self.runner = (None, 0, 0.),None  # whose turn it is; what records passes, see `sdxl.graphs`
         if any(isinstance(m, (LoraLinear, LoraConv)) for m in unet.modules()): raise ValueError('this U-Net carries adapters already')
         hit = {n: m for n,m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and any(n==t or n.endswith('.'+t) for t in self.targets)}
         if not hit: raise ValueError(f'no layer of this U-Net ends in any of {", ".join(self.targets)}')
@@ -116,7 +117,7 @@ class AdapterBase:
         self.units = []
         return self.unet
 
-# %% ../../nbs/32a_sdxl.lora.ipynb #67d23ca7
+# %% ../../nbs/32a_sdxl.lora.ipynb #44cefd8d
 class AdapterNet(CondUNet):
     "One role on a shared base: `net(x, t, cond)` whose parameters are one adapter"
     own_precision = True
@@ -142,9 +143,16 @@ class AdapterNet(CondUNet):
     @property
     def scale(self): return self.alpha/self.rank if self.rank else 0.
 
-    def _call(self, f, x, t, cond):
-        was,self.base.active = self.base.active,((list(self.flats), self.rank, self.scale) if self.rank else (None, 0, 0.))
-        try: return super()._call(f, x, t, cond)
+    def forward(self, x, t, cond=None): return self._run('forward', x, t, cond)
+    def encode(self, x, t, cond=None): return self._run('encode', x, t, cond)
+    def _run(self, kind, x, t, cond):
+        r = self.base.runner
+        return r(self, kind, x, t, cond) if r is not None and r.knows(self) else self.direct(kind, x, t, cond)
+
+    def direct(self, kind, x, t, cond=None, flats=None):
+        "Forward or encode with this adapter active (or with other flat tensors of its layout), then whoever was before"
+        was,self.base.active = self.base.active,((flats or list(self.flats), self.rank, self.scale) if self.rank else (None, 0, 0.))
+        try: return getattr(CondUNet, kind)(self, x, t, cond)
         finally: self.base.active = was
 
     @torch.no_grad()
