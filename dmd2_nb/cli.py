@@ -6,8 +6,8 @@
 __all__ = ['PICTURES', 'command', 'save_figure', 'draw_grid', 'draw_curves', 'draw_pairs', 'train_teacher_main', 'distill_main',
            'sample_main', 'save_sheet', 'evaluate_main', 'prepare_main', 'main']
 
-# %% ../nbs/90_cli.ipynb #001eca0f
-import argparse, json, os, sys
+# %% ../nbs/90_cli.ipynb #f704649b
+import argparse, json, os, re, sys
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -65,7 +65,7 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device '{name}' cannot be used here ({str(e).splitlines()[0]})") from None
     return torch.device(name)
 
-# %% ../nbs/90_cli.ipynb #7449492e
+# %% ../nbs/90_cli.ipynb #24993b03
 def save_figure(
     ax,   # Axes, or several, of one figure
     path, # .png
@@ -82,20 +82,34 @@ def save_figure(
         raise
     finally: plt.close(fig)
 
-def _captions(data, conds, most=12):
+def _captions(data, conds):
     "Class of each picture, as far as there is one"
     if not data.class_names: return None
     names = [data.class_names[i] for i in (conds if conds.ndim==1 else conds[:,:len(data.class_names)].argmax(1)).tolist()]
-    return [n.replace('_', '\n', 1) for n in names]
+    return [re.sub('[ _/]', '\n', n, count=1) for n in names]
 
 def _columns(data): return min(12, len(data.class_names) or 12)
 
+def _sheet(ax, images, names, n):
+    "A grid with a name above each column"
+    from dmd2_nb.plot import show_images
+    show_images(images, ncols=n, ax=ax)
+    step = images.shape[-1]+max(1, images.shape[-1]//16)
+    for i,t in enumerate((names or ())[:n]): ax.text((i+0.5)*step, -1, t, ha='center', va='bottom', fontsize=7)
+
+def _figure(n, rows, blocks):
+    "Axes for blocks of `rows` times `n` pictures"
+    import matplotlib.pyplot as plt
+    return plt.subplots(blocks, 1, figsize=(0.8*n, blocks*(0.8*rows+0.6)), dpi=72, layout='constrained', squeeze=False)[1].ravel()
+
 def draw_grid(path, images, data, conds):
     "A sheet of samples, a class a column"
-    from dmd2_nb.plot import show_images
-    n,names = _columns(data),_captions(data, conds)
-    save_figure(show_images(images, names and names[:n]+['']*(len(images)-n), ncols=n), path)
+    n = _columns(data)
+    axs = _figure(n, len(images)/n, 1)
+    _sheet(axs[0], images, _captions(data, conds), n)
+    save_figure(axs, path)
 
+# %% ../nbs/90_cli.ipynb #ed3ed00e
 def draw_curves(path, rows, names):
     "Small plots of a log"
     from dmd2_nb.plot import axes_row
@@ -107,15 +121,13 @@ def draw_curves(path, rows, names):
         if 'kid' in k: ax.set_yscale('log')
     save_figure(axs, path)
 
-# %% ../nbs/90_cli.ipynb #3945716f
+# %% ../nbs/90_cli.ipynb #239f182c
 def draw_pairs(path, above, below, data, conds, steps, levels):
     "Teacher above, generator below, from the same noise and labels"
-    import matplotlib.pyplot as plt
-    from dmd2_nb.plot import show_images
     n,names = _columns(data),_captions(data, conds)
-    fig,axs = plt.subplots(2, 1, figsize=(0.8*n, 2*(0.9*len(above)/n+0.45)), dpi=72, layout='constrained')
+    axs = _figure(n, len(above)/n, 2)
     titles = f'teacher, {steps} steps ({2*steps-1} evaluations)',f"generator, {levels} step{'s'*(levels>1)} ({levels} evaluation{'s'*(levels>1)})"
-    for ax,x,t,c in zip(axs, (above, below), titles, (names and names[:n]+['']*(len(above)-n), None)): show_images(x, c, ncols=n, ax=ax, title=t)
+    for ax,x,t in zip(axs, (above, below), titles): _sheet(ax, x, names, n); ax.set_title(t, pad=22, fontsize='medium')
     save_figure(axs, path)
 
 PICTURES = dict(grid=draw_grid, curves=draw_curves, pairs=draw_pairs)
@@ -141,18 +153,7 @@ def _report(run, file):
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
     print(f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run/file} and {run/'samples.png'}")
 
-# %% ../nbs/90_cli.ipynb #6bb2f142
-def _levels(a):
-    "Input levels of the generator, or None for the recipe's"
-    if a.levels:
-        try: return tuple(float(s) for s in a.levels.split(','))
-        except ValueError: raise ValueError(f"--levels '{a.levels}': expected falling numbers with commas between, such as 80,5,1.2,0.35") from None
-    if a.steps in (None, 1): return None
-    from dmd2_nb.recipes import FOUR_STEPS
-    if a.steps==4: return FOUR_STEPS
-    raise ValueError(f'--steps {a.steps}: 1 and 4 have levels of their own; for others give --levels')
-
-# %% ../nbs/90_cli.ipynb #5c1d851d
+# %% ../nbs/90_cli.ipynb #3cc660ac
 @command('dmd2_distill')
 def distill_main(argv):
     "Distil a teacher"
@@ -168,9 +169,9 @@ def distill_main(argv):
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
     a = p.parse_args(argv)
     from dmd2_nb.jobs import distill_job
-    from dmd2_nb.recipes import config_changes
+    from dmd2_nb.recipes import config_changes, config_levels
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
-    if (levels := _levels(a)): changes['levels'] = levels
+    if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
     run = distill_job(_recipe(a), a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
                       keep_state=a.keep_state, **changes)
     _report(run, 'generator.safetensors')

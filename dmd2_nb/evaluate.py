@@ -51,19 +51,19 @@ def sheet_conds(
     picks = torch.stack([torch.cat([o]*rows)[:rows] for o in (where[data.labels[where]==k][:rows] for k in kinds)], 1)  # (rows, columns)
     return data.conds(picks.flatten())
 
-# %% ../nbs/25b_evaluate.ipynb #8b05a14e
+# %% ../nbs/25b_evaluate.ipynb #0ab28936
 @torch.no_grad()
 def draw(
     sampler,        # `sampler(z, cond, generator) -> x`
     shape:tuple,    # Of a sample
     conds,          # Condition of each sample, a tree with n rows; an integer n where there is none
     seed:int=0,
-    batch:int=250,  # Samples at a time
+    batch=None,     # Samples at a time; 250 on a CPU, 1000 elsewhere
     device='cpu',
     progress=None,  # Wraps the iteration over batches
 )->Tensor: # Bytes, (n, *shape), on the CPU
     "Samples in batches, as bytes"
-    n = conds if isinstance(conds, int) else cond_len(conds)
+    n,batch = conds if isinstance(conds, int) else cond_len(conds),batch or (250 if torch.device(device).type=='cpu' else 1000)
     conds,out,z = None if isinstance(conds, int) else conds,[],unit_noise(n, shape, seed)
     for i in (progress or iter)(range(0, n, batch)):
         rows = slice(i, min(i+batch, n))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'open_data', 'open_teacher', 'open_judge', 'open_model', 'image_set', 'train_teacher_job', 'distill_job']
 
-# %% ../nbs/26a_jobs.ipynb #1c551b1b
+# %% ../nbs/26a_jobs.ipynb #32c4457d
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from .assets import data_path, sha256
-from .core import cond_index, default_device
+from .core import cond_to, default_device
 from .distill import DMD2
 from .evaluate import Judge, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
@@ -153,7 +153,7 @@ def train_teacher_job(
 # %% ../nbs/26a_jobs.ipynb #675668a9
 COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos'.split())
 
-# %% ../nbs/26a_jobs.ipynb #942a55b2
+# %% ../nbs/26a_jobs.ipynb #6928aed8
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -180,7 +180,7 @@ def distill_job(
     if iters<=cfg.warmup_fake: raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
     make = DMD2
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
-    dmd = make.from_teacher(T, cfg, probe=cond_index(data.conds(torch.arange(1)), slice(0, 1)))
+    dmd = make.from_teacher(T, cfg, probe=cond_to(data.conds(torch.arange(1)), device))
     run = claim_run(out, dict(job='distill', data=source or r.data, teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)), r.data, name, overwrite)
     seconds = load_state(dmd, run.state).get('seconds', 0.) if run.state.exists() else 0.
     _say(say, f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))

@@ -155,23 +155,26 @@ def read_log(
             except (TypeError, ValueError): break  # a line cut short by a crash
     return rows
 
-# %% ../nbs/19_runs.ipynb #309b8a42
+# %% ../nbs/19_runs.ipynb #842852d7
 class Means:
     "Collects dicts of tensors, and gives the mean of each entry with one transfer"
     def __init__(self): self.sums = {}
 
     def add(self, log:dict):
-        for k,v in log.items():
-            if isinstance(v, Tensor) and v.numel()==1:
-                s,n = self.sums.get(k, (0., 0))
-                self.sums[k] = s+v.detach().float().reshape(()), n+1
+        names = tuple(k for k,v in log.items() if isinstance(v, Tensor) and v.numel()==1)
+        if not names: return
+        v = torch.stack([log[k].detach().reshape(()).float() for k in names])  # one row for each kind of iteration
+        s,n = self.sums.get(names, (0., 0))
+        self.sums[names] = s+v, n+1
 
     def take(self)->dict: # name -> float
         "Means since the last call"
         if not self.sums: return {}
-        values = torch.stack([s/n for s,n in self.sums.values()]).tolist()
-        names,self.sums = list(self.sums),{}
-        return dict(zip(names, values))
+        values,res = iter(torch.cat([s for s,_ in self.sums.values()]).tolist()),{}
+        for names,(_,n) in self.sums.items():
+            for k in names: s,m = res.get(k, (0., 0)); res[k] = s+next(values), m+n
+        self.sums = {}
+        return {k: s/m for k,(s,m) in res.items()}
 
 # %% ../nbs/19_runs.ipynb #d051a975
 class Progress:
