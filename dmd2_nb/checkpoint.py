@@ -49,6 +49,7 @@ def fsync(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/14a_checkpoint.ipynb #99e65345
 def write_text(path, text:str):
     "Write a text file in one move"
     path = Path(path)
@@ -79,6 +80,7 @@ def load_folder(folder): # `(tensors, state)` as given to `save_folder`
     parts = {f.stem: read_tensors(f)[0] for f in sorted(folder.glob('*.safetensors'))}
     return parts | {d.name: read_shards(d.glob('*.safetensors')) for d in sorted(folder.iterdir()) if d.is_dir()}, state
 
+# %% ../nbs/14a_checkpoint.ipynb #1325aa78
 def shard_index(
     files, # Safetensors files, each with whole tensors or with pieces as `torch.distributed.checkpoint` writes them
 )->dict: # Name -> `(shape, [(file, offset, piece's shape), ...])`

@@ -94,7 +94,9 @@ def _kernels():
 
     return dict(sums=sums, apply=apply, back_sums=back_sums, back_apply=back_apply, residual=residual)
 
+# %% ../nbs/20c_fused.ipynb #5aaa3edd
 _cache = {}
+
 def _launch(name, x, *args, out=None, **const):
     "Run one kernel over tiles of pixels; with `out` 'sums' returns (b, 2, c) float32"
     if not _cache: _cache.update(_kernels())
@@ -110,6 +112,7 @@ def _launch(name, x, *args, out=None, **const):
     _cache[name][(tiles, n)](x, *args, y, h*w, c, **const, T=T, BC=bc)
     return y
 
+# %% ../nbs/20c_fused.ipynb #98afde8b
 class _NormSilu(torch.autograd.Function):
     "The fused pair of passes; keeps `x` alone"
     @staticmethod
@@ -144,6 +147,7 @@ class _NormSilu(torch.autograd.Function):
         dx = _launch('back_apply', x, dy, a, b, a, p, k, ACT=ctx.act)        # dz*a + x*p + k
         return dx, dA, S1, None, None, (a*S1 + p*s1 + h*w*k if ctx.needs_input_grad[5] else None), None
 
+# %% ../nbs/20c_fused.ipynb #9691a878
 class _Halve(torch.autograd.Function):
     "Mean of 2x2 pixels, whose backward pass is a plain doubling"
     @staticmethod
@@ -181,6 +185,7 @@ def residual(
     "The end of a residual block: skip path, result and the biases both still owe"
     return _Residual.apply(x, h, bias) if fusable(x) else x + h + bias[:,None,None].to(x.dtype)
 
+# %% ../nbs/20c_fused.ipynb #9779a46c
 def norm_silu(
     x:Tensor,    # Feature maps, (b, c, h, w)
     A:Tensor,    # Gain of each sample and channel, (b, c)

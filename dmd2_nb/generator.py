@@ -98,6 +98,7 @@ class FewStepGenerator:
             HfApi().create_repo(repo_id, exist_ok=True)
             return HfApi().upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(d), **kwargs)
 
+# %% ../nbs/15b_generator.ipynb #1c11e032
 def _index(names, v):
     "Position of a name or number, or an error that lists the names"
     if isinstance(v, str):

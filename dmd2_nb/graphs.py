@@ -39,6 +39,7 @@ class CudaGraph:
         self.graph.replay()
         return self.outputs
 
+# %% ../nbs/14c_graphs.ipynb #4bab0491
 class GraphedDMD2(DMD2):
     "`DMD2` whose generator and critic updates replay as CUDA graphs; the loop around it is the same"
     def __init__(self, *args, **kwargs):

@@ -112,6 +112,7 @@ class Attention(nn.Module):
         q,k,v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c//self.heads, h*w).transpose(-1,-2).unbind(1)
         return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-1,-2).reshape(b, c, h, w))
 
+# %% ../nbs/04_nets.ipynb #88ce4bb2
 class UNet(nn.Module):
     "A small class-conditional U-Net; halves its input once per entry of `channels` after the first"
     def __init__(self,

@@ -45,6 +45,7 @@ def heun_states(
         x = x_next
         yield x.to(z), t
 
+# %% ../nbs/06_sampling.ipynb #4692cef4
 def heun_sample(
     D,                # Denoiser
     z:Tensor,         # Unit noise, (b, *dims)

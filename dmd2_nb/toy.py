@@ -18,6 +18,7 @@ def _einsum(eq, *ts):
     "Exact also inside mixed precision, which would round products to half"
     with torch.autocast(ts[0].device.type, enabled=False): return torch.einsum(eq, *ts)
 
+# %% ../nbs/02_toy.ipynb #91d1c617
 class Mixture(nn.Module):
     "A mixture of Gaussians: data, teacher and judge in one"
     def __init__(self,
@@ -152,6 +153,7 @@ def grid(
     g = (torch.arange(n)-(n-1)/2)*spacing
     return _isotropic(torch.cartesian_prod(g, g), std, labels=torch.arange(n*n))
 
+# %% ../nbs/02_toy.ipynb #73b44f8a
 def two_moons(
     k:int=12,        # Components per moon
     std:float=0.1,   # Thickness
@@ -172,6 +174,7 @@ def spiral(
     p = 2.4*t[:,None]*torch.stack(((2*math.pi*turns*t).cos(), (2*math.pi*turns*t).sin()), -1)
     return _stroke(torch.stack((p[:-1], p[1:]), 1), std)
 
+# %% ../nbs/02_toy.ipynb #822cd754
 def tree(
     depth:int=5,        # Generations of branches
     angle:float=0.55,   # Between a branch and its parent, radians

@@ -36,6 +36,7 @@ def build_denoiser(
     except TypeError as e: raise ValueError(f'{name} cannot be built from its config ({e})') from None
     return EDMPrecond(net, **{k: config[k] for k in ('sigma_data','sigma_min','sigma_max') if k in config})
 
+# %% ../nbs/15a_weights.ipynb #09804157
 def save_denoiser(
     D:EDMPrecond,   # Denoiser
     path,           # .safetensors file, written in one move
