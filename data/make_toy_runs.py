@@ -36,7 +36,7 @@ recipe = DMD2Config(levels=(2.5,), ttur=5, batch=512, lr_g=1e-3, lr_fake=2e-3, l
 shared, rates = 1e-3, (3e-4, 1e-3, 2e-3)
 scale = float(os.environ.get('TOY_SCALE', 1))  # shortens all runs, to try the script
 updates = int(1000*scale)  # generator updates at ratio 5 and 10; ratio 1 goes on to three times as many, about the time of ratio 5
-gan_weights = (0., 0.03, 0.1, 0.3, 1.)
+gan_weights = (0., 0.03, 0.1, 0.3, 1., 3., 10.)
 dists = dict(ring=lambda: ring(8), tree=tree)
 
 # -- pieces --
@@ -157,7 +157,7 @@ def match(dist, ratio, lr, seed, times=1, reg=0., gan=0.):
     cfg = replace(recipe, ttur=ratio, lr_g=lr, lr_fake=recipe.lr_fake*times, w_reg=reg, gan_g=gan, gan_d=0.1 if gan else 0., seed=seed)
     pairs = TeacherPairs(mix, karras_sigmas(20, 0.01, 20.), 4096, (2,), seed=seed) if reg else None
     run = DMD2.from_teacher(mix, cfg, init=init_net(mix, seed), pairs=pairs)
-    n = updates*3 if ratio==1 else updates
+    n = int(updates*(3 if lr==shared else 2.2)) if ratio==1 else updates
     judge = Judge(mix, seed)
     rows = follow(run, cfg.warmup_fake + n*ratio - ratio+1, range(0, n+1, max(1, n//4 if lr!=shared else n//12 if ratio==1 else n//8)), both(judge, dict(dist=dist, row=row, lr=lr, seed=seed)), real=reals(mix, seed) if gan else None)
     res = dict(toy_match=rows)
@@ -178,11 +178,11 @@ def lines(seed):
         rows.append(dict(dist=dist, teacher='brief', seed=seed, exact_kl=float('nan'), **judge(heun_sample(T, judge.z, karras_sigmas(20, 0.01, 20.)))))
     return dict(toy_lines=rows)
 
-def gan(dist, teacher, weight, seed, n=600):
+def gan(dist, teacher, weight, seed, ratio=5, n=600):
     "Matching a wrong teacher, with the GAN at one weight"
     n = int(n*scale)
     mix = dists[dist]()
-    cfg = replace(recipe, gan_g=weight, gan_d=0.1 if weight else 0., warmup_fake=200, seed=seed)
+    cfg = replace(recipe, ttur=ratio, gan_g=weight, gan_d=0.1 if weight else 0., warmup_fake=200, seed=seed)
     if teacher=='brief': T = init_net(mix, seed, steps=150); run = DMD2.from_teacher(T, cfg)
     else: T = wrong_teacher(mix, teacher); run = DMD2.from_teacher(T, cfg, init=init_net(T, seed, std=mix.std))
     judge = Judge(mix, seed)
@@ -193,7 +193,7 @@ def gan(dist, teacher, weight, seed, n=600):
 
 def multi(dist, rollout, width, seed, n=600):
     "Two steps of a small generator; distance after each"
-    n = int(n*scale)
+    n = int(n*scale)*(1 if rollout=='one' else 2)  # each update trains one of the two steps
     mix = dists[dist]()
     levels = (10.,) if rollout=='one' else (10., 1.)
     cfg = replace(recipe, levels=levels, rollout='sim' if rollout=='one' else rollout, seed=seed)
@@ -292,19 +292,20 @@ def jobs(seeds):
     S, both_d = range(seeds), tuple(dists)
     yield from (('lines', (s,)) for s in S)
     yield from (('match', (d, r, shared, s)) for s, d, r in product(S, both_d, (10, 5, 1)))
-    yield from (('gan', ('ring', 'wide', w, s)) for s, w in product(S, gan_weights))
     yield from (('match', (d, 1, shared, s, *more)) for s, d, more in product(S, both_d, ((5,), (1, 0.25), (1, 1.))))
     yield from (('match', (d, 5, shared, s, 1, 0., 0.1)) for s, d in product(S, both_d))
     yield from (('film', (c,)) for c in ('learned5', 'learned', 'oracle'))
     yield from (('paths', (k,)) for k in ('r5', 'r1', 'reg'))
-    yield from (('multi', ('ring', r, 24, s)) for s, r in product(S, ('sim', 'real', 'mix', 'one')))
+    yield from (('gan', ('ring', 'wide', w, s, 2, 3000)) for s, w in product(S, (0., 0.1, 0.3, 1., 3., 10.)))
     yield from (('chase', ('learned', r, l, s)) for s, r, l in product(range(min(seeds, 3)), (10, 5, 4, 2, 1), (0.1, 0.3, 0.5, 1.)))
     yield from (('chase', ('oracle', 1, 1., s)) for s in range(min(seeds, 3)))
-    yield from (('gan', ('ring', t, w, s)) for s, t, w in product(S, ('missing', 'eighth', 'brief'), gan_weights))
-    yield from (('beyond', (g, w, s)) for s, g, w in product(range(min(seeds, 3)), (1., 2., 4.), (0., 0.1, 0.3)))
+    yield from (('multi', ('ring', r, 24, s)) for s, r in product(S, ('sim', 'real', 'mix', 'one')))
+    yield from (('gan', ('ring', 'brief', w, s)) for s, w in product(S, (0., 0.03, 0.1, 0.3, 1.)))
     yield from (('match', (d, r, l, s)) for s, d, r, l in product(S, both_d, (10, 5, 1), [l for l in rates if l!=shared]))
+    yield from (('beyond', (g, w, s)) for s, g, w in product(range(min(seeds, 3)), (4., 2., 1.), (0., 0.1, 0.3)))
+    yield from (('gan', ('ring', t, w, s)) for s, t, w in product(S, ('missing', 'eighth'), gan_weights))
     yield from (('match', (d, 1, l, s, 5)) for s, d, l in product(S, both_d, [l for l in rates if l!=shared]))
-    yield from (('gan', ('tree', 'wide', w, s)) for s, w in product(S, gan_weights))
+    yield from (('gan', ('tree', 'wide', w, s)) for s, w in product(S, (0., 0.1, 0.3, 1.)))
     yield from (('multi', ('tree', r, 24, s)) for s, r in product(S, ('sim', 'real', 'mix', 'one')))
 
 def work(name, args, until):
