@@ -22,7 +22,7 @@ from .fake_score import fake_score_loss
 from .backsim import simulate
 from .regression import regression_loss
 
-# %% ../nbs/14_distill.ipynb #05ea8f15
+# %% ../nbs/14_distill.ipynb #750e2ce5
 @dataclass(frozen=True, kw_only=True)
 class DMD2Config:
     "One DMD2 run; defaults are the ImageNet-64 recipe (DMD2, appendix F.2)"
@@ -54,12 +54,13 @@ class DMD2Config:
     seed:int=10               # Names all random streams of the run
 
     def __post_init__(self):
-        for n in ('levels','betas_g','betas_fake','dm_bins','fake_bins','gan_bins'): object.__setattr__(self, n, tuple(getattr(self, n)))
+        for n in ('levels','betas_g','betas_fake','dm_bins','fake_bins','gan_bins'): object.__setattr__(self, n, tuple(map(int if 'bins' in n else float, getattr(self, n))))
         check_sigmas(list(self.levels))
-        if self.ttur<1: raise ValueError(f'ttur must be at least 1, got {self.ttur}')
-        if self.batch<1: raise ValueError(f'batch must be at least 1, got {self.batch}')
+        if not min(self.ttur, self.batch)>=1: raise ValueError(f'ttur and batch must be at least 1, got {self.ttur} and {self.batch}')
+        for n in ('dm_bins','fake_bins','gan_bins'):
+            if len(b := getattr(self, n))!=2 or not 0<=b[0]<=b[1]<=999: raise ValueError(f'{n} must be two numbers, 0 <= lo <= hi <= 999, got {b}')
         if self.rollout not in ('sim','real','mix'): raise ValueError(f"rollout must be sim, real or mix, got '{self.rollout}'")
-        for n in ('lr_g','lr_fake','lr_head','w_dm','w_fake','gan_g','gan_d','w_reg','weight_decay','warmup_fake','gan_start','ema_halflife'):
+        for n in ('lr_g','lr_fake','lr_head','w_dm','w_fake','gan_g','gan_d','w_reg','weight_decay','lr_warmup','clip','warmup_fake','gan_start','ema_halflife'):
             if not getattr(self, n)>=0: raise ValueError(f'{n} must not be negative, got {getattr(self, n)}')
         compute_dtype(self.dtype)
 
@@ -76,11 +77,10 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #a1488e85
+# %% ../nbs/14_distill.ipynb #7a363f26
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
-
     def __init__(self,
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface
@@ -133,6 +133,7 @@ class DMD2:
         h = fake.encode(torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype), torch.ones(1, device=p.device), probe)
         with torch.random.fork_rng(devices=[]): torch.manual_seed(self.cfg.seed); return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
 
+    # -- where a run over several processes takes hold --
     def place(self): "Spread the networks, before the optimisers take hold of their parameters"
     def syncs(self, *nets, last=True): return nullcontext() # around a forward and backward pass; `last` of this update?
 
@@ -279,7 +280,7 @@ def trainable(m:nn.Module)->list:
     "Parameters that learn"
     return [p for p in m.parameters() if p.requires_grad]
 
-# %% ../nbs/14_distill.ipynb #420d410a
+# %% ../nbs/14_distill.ipynb #3eb19086
 def calibrate_gan_weight(
     dmd,           # `DMD2` run whose head has learnt for a while
     conds=None,    # Iterator of conditions; None for unconditional runs
@@ -287,7 +288,7 @@ def calibrate_gan_weight(
     ratio:float=1.,# Wanted length of the GAN gradient relative to the matching gradient
 )->float: # A value for `gan_g`
     "GAN weight at which both gradients have the wanted ratio at the image"
-    if not dmd.gan_on: raise ValueError('the GAN is off: set gan_g and gan_d above 0 and warm the head up first')
+    if not (dmd.gan_on and dmd.cfg.gan_g and dmd.cfg.w_dm): raise ValueError('one of the two gradients is off: set w_dm, gan_g and gan_d above 0, pass gan_start, and warm the head up first')
     step,dm,gan = dmd.step,0.,0.
     for i in range(batches):
         cond = next(conds) if conds is not None else None
