@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../nbs/90_cli.ipynb #400993e4
+# %% ../nbs/90_cli.ipynb #aeff4839
 def command(name):
     "Turn bad input into one line and exit code 2"
     def wrap(f):
@@ -25,7 +25,7 @@ def command(name):
                 print(f'\n{name}: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
                 return 130
             except Exception as e:
-                if os.environ.get('DMD2_NB_DEBUG') or not (isinstance(e, (ValueError, TypeError, OSError)) or type(e).__name__=='SafetensorError'): raise
+                if os.environ.get('DMD2_NB_DEBUG') or not (isinstance(e, (ValueError, TypeError, OSError, ImportError)) or type(e).__name__=='SafetensorError'): raise
                 print(f'\r{name}: {" ".join((str(e) or type(e).__name__).split())}', file=sys.stderr)
                 return 2
         return main
@@ -43,6 +43,7 @@ def _run_options(p):
     p.add_argument('--data', help='other images of the same kind: .npz, .zip or a folder')
     p.add_argument('--device', help='cpu, cuda, mps; by default the best there is')
     p.add_argument('--batch', type=int, help='samples an iteration')
+    p.add_argument('--features', help="what KID looks at: small_classifier, lite0, ..., pixels; by default the recipe's")
     p.add_argument('--eval-n', type=int, help='samples of the final evaluation')
     p.add_argument('--save-every', type=int, help='iterations between two checkpoints')
     p.add_argument('--eval-every', type=int, help='iterations between two evaluations on the way, 0 for none')
@@ -50,15 +51,15 @@ def _run_options(p):
     p.add_argument('--graph', action='store_true', help='replay updates as CUDA graphs')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
 
-# %% ../nbs/90_cli.ipynb #19872c1d
+# %% ../nbs/90_cli.ipynb #06ac31c4
 def _recipe(a):
     "The recipe with what was asked for"
     from dmd2_nb.recipes import recipe
-    given = {k: v for k,v in dict(save_every=a.save_every, eval_every=a.eval_every).items() if v is not None}
+    r,given = recipe(a.recipe),{k: v for k,v in dict(save=a.save_every, eval=a.eval_every).items() if v is not None}
     for k,v in dict(batch=a.batch, eval_n=a.eval_n).items():
         if v is not None and v<1: raise ValueError(f'--{k.replace("_", "-")} must be at least 1, got {v}')
     if a.device: _device(a.device)
-    return replace(recipe(a.recipe), **given)
+    return replace(r, every=r.every | given, teacher_every=r.teacher_every | given, features=a.features or r.features)
 
 def _device(name):
     try: torch.zeros(1, device=name)

@@ -86,7 +86,7 @@ def student_sampler(
     "One evaluation a level"
     return lambda z,cond,generator: few_step_sample(G, z, torch.tensor(levels, dtype=torch.float32), cond, generator)
 
-# %% ../nbs/25b_evaluate.ipynb #d42a9013
+# %% ../nbs/25b_evaluate.ipynb #978a7928
 class Judge:
     "Compares sets of images with real ones, through a feature extractor"
     def __init__(self,
@@ -94,11 +94,16 @@ class Judge:
         **refs:Tensor, # Reference sets by name, bytes (n, c, h, w); the first is the main one
     ):
         if not refs: raise ValueError('a judge needs at least one reference set')
-        self.extract,self.refs = extract,{k: extract(v) for k,v in refs.items()}
+        self.extract,self.images,self._refs = extract,refs,None
+
+    @property
+    def refs(self): # Features of the reference sets, seen when first asked for
+        if self._refs is None: self._refs = {k: self.extract(v) for k,v in self.images.items()}
+        return self._refs
 
     @property
     def columns(self): # Names that a fast call gives, besides n
-        return tuple(f'kid{end}{s}' for end in ('', *(f'_{n}' for n in list(self.refs)[1:])) for s in ('', '_se'))
+        return tuple(f'kid{end}{s}' for end in ('', *(f'_{n}' for n in list(self.images)[1:])) for s in ('', '_se'))
 
     def __call__(self,
         images:Tensor, # Bytes, (n, c, h, w)
@@ -135,17 +140,15 @@ def table(
     w = [max(len(l[i]) for l in lines) for i in range(len(cols)+1)]
     return '\n'.join('  '.join(s.ljust(w[i]) if i==0 else s.rjust(w[i]) for i,s in enumerate(l)).rstrip() for l in lines)
 
-# %% ../nbs/25b_evaluate.ipynb #fed3903c
+# %% ../nbs/25b_evaluate.ipynb #694656b5
 def extractor(
     name:str,     # 'small_classifier', 'lite0' or another of `features`; 'pixels' for the images themselves
     device='cpu',
 ): # `extract(images uint8) -> features (n, d)`
     "A feature extractor by name"
     if name=='pixels': return lambda x: to_float(x.to(device)).flatten(1)
-    from dmd2_nb import features
-    make = getattr(features, name, None)
-    if make is None: raise ValueError(f"no feature extractor '{name}'")
-    return make(device=device)
+    from dmd2_nb.features import feature_extractor
+    return feature_extractor(name, device)
 
 # %% ../nbs/25b_evaluate.ipynb #142153fd
 def save_samples(

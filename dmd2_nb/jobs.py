@@ -97,7 +97,7 @@ def _call(pictures, name, *args):
 def _say(say, *text):
     if say: say(*text)
 
-# %% ../nbs/26a_jobs.ipynb #0008c2b1
+# %% ../nbs/26a_jobs.ipynb #788b8c35
 def train_teacher_job(
     r:Recipe,
     out='runs',       # Folder of all runs
@@ -135,10 +135,10 @@ def train_teacher_job(
             last.update(o)
             yield dict(loss=o['loss'])
     sampler = lambda: teacher_sampler(last['ema'].net, **r.sampler)
-    acts = [(r.save_every, lambda step,sec: save_teacher_run(run.state, D, last)),
-            (r.show_every*5, lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
-            (r.eval_every*4, lambda step,sec: judge(draw(sampler(), data.shape, eval_conds(data, r.n_watch), seed+1, device=device), fast=True))]
-    seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss', r.log_every, acts, seconds, stop=stop)
+    acts = [(r.teacher_every['save'], lambda step,sec: save_teacher_run(run.state, D, last)),
+            (r.teacher_every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
+            (r.teacher_every['eval'], lambda step,sec: judge(draw(sampler(), data.shape, eval_conds(data, r.n_watch), seed+1, device=device), fast=True))]
+    seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss kid', r.teacher_every['log'], acts, seconds, stop=stop)
     if stop and stop<t['steps']: run.close(); return run
     file = save_denoiser(last['ema'].net if last else back['ema'].net, run/'teacher.safetensors', torch.float16, data=r.data, classes=data.class_names, styles=data.style_names)
     teacher,_ = load_denoiser(file, device)
@@ -153,7 +153,7 @@ def train_teacher_job(
 # %% ../nbs/26a_jobs.ipynb #675668a9
 COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos'.split())
 
-# %% ../nbs/26a_jobs.ipynb #6928aed8
+# %% ../nbs/26a_jobs.ipynb #b9ecb676
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -191,13 +191,13 @@ def distill_job(
     def evaluate(step, sec):
         row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
         return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
-    acts = [(r.save_every, lambda step,sec: save_state(dmd, run.state, seconds=sec) and None),
-            (r.show_every, lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
-            (r.eval_every, evaluate)]
+    acts = [(r.every['save'], lambda step,sec: save_state(dmd, run.state, seconds=sec) and None),
+            (r.every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
+            (r.every['eval'], evaluate)]
     reals = batches(data, cfg.batch, cfg.seed+1, start, device, r.flip) if cfg.gan or cfg.rollout!='sim' else None
     logs = train(dmd, cond_batches(data, cfg.batch, cfg.seed+2, start, device), iters-start, reals)
     columns = COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in judge.columns)
-    seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.log_every, acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop)
+    seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop)
     if stop and stop<iters: run.close(); return run
     _finish(r, run, T, file, dmd, data, judge, n_eval, seconds, device, pictures, say, keep_state)
     return run

@@ -57,7 +57,7 @@ def config_levels(
     if steps==4: return FOUR_STEPS
     raise ValueError(f'--steps {steps}: 1 and 4 have levels of their own; for others give --levels')
 
-# %% ../nbs/14b_recipes.ipynb #4ee7f9c8
+# %% ../nbs/14b_recipes.ipynb #3cb9ac6e
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the commands know of a data set"
@@ -69,25 +69,25 @@ class Recipe:
     sampler:dict            # The teacher's path: Heun steps, and `S_churn` ... of the stochastic sampler
     features:str            # What KID and the Fréchet distance look at
     n_eval:int              # Samples for an evaluation
+    every:dict              # Distillation, iterations between two: log rows (`log`), sheets (`show`), checkpoints (`save`), evaluations (`eval`, 0 for none)
+    teacher_every:dict      # The same for the teacher's training, in updates
     holdout:float=0.        # Share of concepts kept from teacher, GAN and tuning
     flip:bool=False         # Mirror half of the images
-    log_every:int=10        # Iterations averaged in one row of `log.csv`
-    show_every:int=100      # Iterations between two rows of the progress sheet
-    save_every:int=200      # Iterations between two checkpoints
-    eval_every:int=0        # Iterations between two evaluations on the way; 0 for none
-    n_watch:int=500         # Samples of those
+    n_watch:int=500         # Samples of the evaluations on the way
 
-# %% ../nbs/14b_recipes.ipynb #49f8a01c
+# %% ../nbs/14b_recipes.ipynb #a437a38e
 RECIPES = {r.data: r for r in (
     Recipe(data='fashion16', config=fashion16_config, iters=900,
            net=dict(net='UNet', args=dict(img_resolution=16, in_channels=1, label_dim=10, channels=[16,32,64], emb=64), sigma_data=0.6),
            teacher=dict(steps=4000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
-           sampler=dict(steps=32), features='small_classifier', n_eval=2000, eval_every=150),
+           sampler=dict(steps=32), features='small_classifier', n_eval=2000,
+           every=dict(log=10, show=150, save=150, eval=150), teacher_every=dict(log=50, show=1000, save=500, eval=0)),
     Recipe(data='emoji32', config=emoji32_config, iters=25_000, holdout=0.1,
            net=dict(net='SongUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=32, channel_mult=[2,3,4],
                                               num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
            teacher=dict(steps=30_000, batch=512, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
-           sampler=dict(steps=18), features='lite0', n_eval=10_000, log_every=50, show_every=1000, save_every=2500, eval_every=2500, n_watch=2000),
+           sampler=dict(steps=18), features='lite0', n_eval=10_000, n_watch=2000,
+           every=dict(log=50, show=1000, save=2500, eval=2500), teacher_every=dict(log=100, show=5000, save=5000, eval=2500)),
 )}
 RECIPES['emoji64'] = replace(RECIPES['emoji32'], data='emoji64', net=dict(
     net='ADMUNet', args=dict(img_resolution=64, in_channels=3, out_channels=3, label_dim=23, model_channels=32, channel_mult=[1,2,3,4],
