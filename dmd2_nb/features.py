@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'INCEPTION_URL', 'CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'Features', 'check_images',
-           'small_classifier', 'read_weights', 'lite0', 'InceptionNet', 'fetched', 'inception', 'ViTNet',
-           'ClipFeatures', 'clip', 'dinov2', 'feature_extractor']
+           'batches_of', 'extract', 'small_classifier', 'read_weights', 'lite0', 'InceptionNet', 'fetched', 'inception',
+           'ViTNet', 'ClipFeatures', 'clip', 'dinov2', 'feature_extractor']
 
-# %% ../nbs/24_features.ipynb #755c80a7
+# %% ../nbs/24_features.ipynb #9cdcdba6
 import io, json
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from torch import nn, Tensor
 from .assets import cache_folder, check_sha256, data_path
 from .checkpoint import load_into, read_tensors
 from .feature_nets import Lite0, SmallClassifier
-from .images import to_uint8
+from .images import open_images, to_uint8
 
-# %% ../nbs/24_features.ipynb #c933de84
+# %% ../nbs/24_features.ipynb #597b9d60
 class Features(nn.Module):
     "A fixed network that sees: bytes (n, c, h, w), or floats in [-1, 1], to (n, d)"
     def __init__(self,
@@ -33,7 +33,7 @@ class Features(nn.Module):
         self.net,self.name,self.channels,self.batch = net.eval().requires_grad_(False),name,channels,batch
 
     @property
-    def device(self): return next(iter(self.net.parameters())).device
+    def device(self): return next((p.device for p in self.net.parameters()), torch.device('cpu'))
     def train(self, mode=True): return super().train(False)  # fixed means fixed
 
     @torch.no_grad()
@@ -57,6 +57,28 @@ def check_images(
     if bad := int((~images.flatten(1).isfinite()).any(1).sum()): raise ValueError(f'{who}: {bad} of {len(images)} images have NaN or infinite pixels')
     if (top := images.abs().max().item())>16: raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
     return to_uint8(images)
+
+# %% ../nbs/24_features.ipynb #519bf8ab
+def batches_of(
+    images,         # Tensor (n, c, h, w), `ImageData`, `ImageFiles`, a path, or an iterable of tensors
+    batch:int=64,   # Images at a time
+): # Yields (b, c, h, w)
+    "Any source of images, in batches and in order"
+    if isinstance(images, (str, Path)): images = open_images(images)
+    if isinstance(images, Tensor): yield from images.split(batch)
+    elif hasattr(images, 'pixels'):
+        for i in range(0, len(images), batch): yield images.pixels(torch.arange(i, min(i+batch, len(images))))
+    else: yield from images
+
+def extract(
+    images,            # As for `batches_of`
+    features:Features, # The network that sees
+    progress=None,     # Wraps the iteration over batches
+)->Tensor: # float32 (n, d), on the network's device
+    "Features of all images"
+    fs = [features(x) for x in (progress or iter)(batches_of(images, features.batch))]
+    if not fs: raise ValueError('no images to extract features from')
+    return torch.cat(fs)
 
 # %% ../nbs/24_features.ipynb #65e77bbf
 def small_classifier(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'MAX_PIXELS', 'MAX_ENTRY', 'MAX_JSON', 'open_image', 'image_tensor', 'label_range', 'check_labels',
            'ImageFiles', 'list_images', 'folder_images', 'safe_name', 'read_labels', 'ImageZip', 'ImageLMDB',
-           'center_crop', 'prepare']
+           'center_crop', 'center_patch', 'prepare']
 
 # %% ../nbs/20b_image_files.ipynb #c4edc079
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +93,7 @@ class ImageFiles:
     def conds(self, rows): return None if self.labels is None else self.labels[rows]
     def __getitem__(self, i): return self.one(i), self.conds(i)
 
-# %% ../nbs/20b_image_files.ipynb #f35230dd
+# %% ../nbs/20b_image_files.ipynb #7fce9411
 def list_images(root:Path)->list: # Sorted names relative to root, with forward slashes
     "All image files below a folder"
     if not root.exists(): raise FileNotFoundError(f'{root}: no such folder')
@@ -104,6 +104,7 @@ def folder_images(
     path,           # Folder, searched with its subfolders
     size=None,      # Centre-crop and resize to this; otherwise all images must have one size
     workers:int=0,  # Threads that decode
+    change=None,    # Applied to each PIL image instead
 )->ImageFiles: # Labels are the sorted top-level subfolders, when there are several and every image is in one
     "A plain folder of images"
     root = Path(path)
@@ -111,7 +112,7 @@ def folder_images(
     tops = [n.split('/')[0] if '/' in n else None for n in names]
     kinds = sorted(set(tops)-{None})
     labels = torch.tensor([kinds.index(t) for t in tops]) if None not in tops and len(kinds)>1 else None
-    change = (lambda im: center_crop(im.convert('RGB'), size)) if size else None
+    if size: change = lambda im: center_crop(im.convert('RGB'), size)
     return ImageFiles(root, names, lambda n: (root/n).read_bytes(), labels, change=change, workers=workers)
 
 # %% ../nbs/20b_image_files.ipynb #f89559fd
@@ -221,6 +222,17 @@ def center_crop(
     while min(im.size)>=2*size: im = im.resize((im.width//2, im.height//2), Image.Resampling.BOX)
     k = size/min(im.size)
     im = im.resize((round(im.width*k), round(im.height*k)), Image.Resampling.BICUBIC)
+    x,y = (im.width-size)//2,(im.height-size)//2
+    return im.crop((x, y, x+size, y+size))
+
+# %% ../nbs/20b_image_files.ipynb #ca6b8a14
+def center_patch(
+    im,        # PIL image
+    size:int,  # Side of the patch
+): # PIL image, size x size
+    "The middle of an image at its own resolution; what is smaller is enlarged"
+    from PIL import Image
+    if min(im.size)<size: return im.resize((size, size), Image.Resampling.BICUBIC)
     x,y = (im.width-size)//2,(im.height-size)//2
     return im.crop((x, y, x+size, y+size))
 
