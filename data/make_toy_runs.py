@@ -161,7 +161,7 @@ def match(dist, ratio, lr, seed, times=1, reg=0., gan=0.):
     judge = Judge(mix, seed)
     rows = follow(run, cfg.warmup_fake + n*ratio - ratio+1, range(0, n+1, max(1, n//4 if lr!=shared else n//12 if ratio==1 else n//8)), both(judge, dict(dist=dist, row=row, lr=lr, seed=seed)), real=reals(mix, seed) if gan else None)
     res = dict(toy_match=rows)
-    if seed==0 and lr==shared: res['toy_clouds'] = [o for k, G in (('raw', run.G), ('ema', run.ema)) for o in cloud(f'match {dist} {row} {k}', few_step_sample(G, judge.z, run.sigmas))]
+    if seed==0 and lr==shared and dist=='ring': res['toy_clouds'] = [o for k, G in (('raw', run.G), ('ema', run.ema)) for o in cloud(f'match {dist} {row} {k}', few_step_sample(G, judge.z, run.sigmas))]
     return res
 
 def lines(seed):
@@ -188,7 +188,7 @@ def gan(dist, teacher, weight, seed, ratio=5, n=600):
     judge = Judge(mix, seed)
     rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, (n//2, n), both(judge, dict(dist=dist, teacher=teacher, weight=weight, seed=seed)), real=reals(mix, seed) if weight else None)
     res = dict(toy_gan=rows)
-    if seed==0 and teacher in ('wide', 'missing') and weight!=0.03: res['toy_clouds'] = cloud(f'gan {dist} {teacher} {weight:g}', few_step_sample(run.ema, judge.z, run.sigmas))
+    if seed==0 and dist=='ring' and teacher=='wide': res['toy_clouds'] = cloud(f'gan {dist} {teacher} {weight:g}', few_step_sample(run.ema, judge.z, run.sigmas))
     return res
 
 def multi(dist, rollout, width, seed, n=600):
