@@ -220,7 +220,7 @@ def paths(kind, seed=0, n=600):
     cfg = replace(recipe, ttur=1 if kind=='reg' else int(kind[1:]), w_reg=1. if kind=='reg' else 0., seed=seed)
     pairs = TeacherPairs(mix, karras_sigmas(20, 0.01, 20.), 4096, (2,), seed=seed) if kind=='reg' else None
     run = DMD2.from_teacher(mix, cfg, init=init_net(mix, seed), pairs=pairs)
-    z8, z = torch.randn(8, 2, generator=rng(3)), torch.randn(400, 2, generator=rng(4))
+    z8, z = torch.randn(8, 2, generator=rng(3)), torch.randn(400, 2, generator=rng(4))[:300]
     def where(run, used): return [dict(kind=kind, updates=run.g_updates, i=i, x=a, y=b) for i, (a, b) in enumerate(few_step_sample(run.G, z8, run.sigmas).tolist())]
     n = 3*n if kind in ('reg', 'r1') else n
     rows = follow(run, cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, range(0, n+1, max(1, n//40)), where)
@@ -240,7 +240,7 @@ def film(critic, seed=0, n=400):
     def frame(run, used):
         x = few_step_sample(run.G, judge.z, run.sigmas)
         return [dict(critic=critic, updates=run.g_updates, sw=sliced_wasserstein(x, judge.ref, 64), near=mode_share(x, mix).sum().item(), seconds=used,
-                     cloud=' '.join(f'{v:.2f}' for v in x[:200].flatten().tolist()) if run.g_updates in marks else '')]
+                     cloud=' '.join(f'{v:.2f}' for v in x[:120].flatten().tolist()) if run.g_updates in marks else '')]
     return dict(toy_film=follow(run, run.cfg.warmup_fake + n*cfg.ttur - cfg.ttur+1, {1, *range(0, n+1, max(1, n//40))}, frame))
 
 def chase_run(ratio, times, seed, critic='learned', width=32, depth=2, target=2., std=0.5, lr=1e-3):
