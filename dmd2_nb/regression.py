@@ -14,7 +14,7 @@ from .core import at_least_float32, cond_cat, cond_index, cond_len, rng
 from .noise import prior
 from .sampling import heun_sample
 
-# %% ../nbs/13b_regression.ipynb #b410ffa3
+# %% ../nbs/13b_regression.ipynb #79d3e62f
 class TeacherPairs:
     "Noise and the teacher's sample from it: the data of the first DMD's regression loss"
     def __init__(self,
@@ -54,5 +54,6 @@ def regression_loss(
     distance=None,# `distance(a, b) -> ()`; mean squared error when absent
 )->Tensor: # ()
     "The first DMD's regression loss (DMD2, section 3)"
-    s = torch.as_tensor(sigma, device=z.device, dtype=at_least_float32(z).dtype).expand(len(z))
+    z = at_least_float32(z)
+    s = torch.as_tensor(sigma, device=z.device, dtype=z.dtype).expand(len(z))
     return (distance or F.mse_loss)(at_least_float32(G(prior(G, z, s), s, cond)), at_least_float32(x))
