@@ -12,13 +12,13 @@ package = root/'dmd2_nb'
 floors = {
     9: 'cli',
     8: 'jobs sdxl.mini sdxl.adapt',
-    7: 'evaluate imagenet64 coco_eval experiments sdxl.recipe',
+    7: 'evaluate imagenet64 experiments sdxl.recipe',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
-    3: 'fake_score backsim regression fid weights sdxl.adapter sdxl.conditioning sdxl.memory',
+    3: 'fake_score backsim regression fid presets weights sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'denoiser sampling dmd gan unet features safe_pickle',
-    1: 'plot toy noise nets metrics images parallel preference blocks feature_nets',
+    1: 'plot toy noise nets metrics images parallel parallel_cost preference blocks feature_nets',
     0: 'core assets checkpoint image_files fused launch',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
