@@ -11,7 +11,7 @@ package = root/'dmd2_nb'
 # A module imports from lower floors only. A new module is entered here.
 floors = {
     9: 'cli',
-    8: 'jobs sdxl.mini sdxl.adapt',
+    8: 'jobs coco_eval sdxl.mini sdxl.adapt',
     7: 'evaluate imagenet64 experiments sdxl.recipe',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes graphs sdxl.graphs',
