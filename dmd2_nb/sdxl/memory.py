@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# %% ../../nbs/32b_sdxl.memory.ipynb #a93064d8
+# %% ../../nbs/32b_sdxl.memory.ipynb #bbfa69bc
 class MemoryMeter(TorchDispatchMode):
     "Counts bytes of living tensors, and operations, of whatever runs inside"
     def __init__(self,
@@ -24,6 +24,7 @@ class MemoryMeter(TorchDispatchMode):
     ):
         super().__init__()
         self.block,self.live,self.now,self.peak,self.ops,self.trace = block,{},0,0,0,None
+        self.effects,self.seen = {},{}
 
     def add(self, *tensors):
         "Count tensors made outside; each storage once"
@@ -41,11 +42,47 @@ class MemoryMeter(TorchDispatchMode):
         return was
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        out = self._quick(func, args, kwargs or {})
         self.ops += 1
         self.add(*(o for o in tree_iter(out) if isinstance(o, Tensor)))
         if self.trace is not None: self.trace.append(self.now)
         return out
+
+    def _quick(self, func, args, kwargs):
+        "On `meta`, an operation seen before with like inputs needs no second look at its rules"
+        effect = self.effects.get(func)
+        if effect is None: effect = self.effects[func] = _effect(func)
+        first = args[0] if args else None
+        first = first[0] if isinstance(first, (list, tuple)) and first else first
+        if effect=='alias' or not isinstance(first, Tensor) or not (key := _key((args, kwargs))): return func(*args, **kwargs)
+        if effect=='inplace':
+            if (func, key) in self.seen: return args[0]
+            self.seen[func, key] = ()
+            return func(*args, **kwargs)
+        made = self.seen.get((func, key))
+        if made is None:
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) or isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out):
+                self.seen[func, key] = tuple(o if o is None else (o.shape, o.stride(), o.dtype) for o in (out if isinstance(out, tuple) else (out,))),isinstance(out, tuple)
+            return out
+        new = tuple(None if o is None else torch.empty_strided(o[0], o[1], dtype=o[2], device='meta') for o in made[0])
+        return new if made[1] else new[0]
+
+def _effect(func):
+    "Whether an operation makes new tensors, writes its first input, or may do else"
+    s = func._schema
+    ins,outs = [a.alias_info for a in s.arguments],[a.alias_info for a in s.returns]
+    if not any(ins) and not any(outs): return 'new'
+    return 'inplace' if ins[0] is not None and ins[0].is_write and not any(ins[1:]) and len(outs)==1 and outs[0] is not None else 'alias'
+
+def _key(o):
+    "What the shape of a result depends on; None if a tensor is not on `meta`"
+    if isinstance(o, Tensor): return (o.shape, o.stride(), o.dtype) if o.is_meta else None
+    if isinstance(o, (list, tuple)):
+        ks = tuple(_key(v) for v in o)
+        return None if None in ks else ks
+    if isinstance(o, dict): return _key(tuple(o.items()))
+    return (o,) if o is None or isinstance(o, (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format)) else None
 
 # %% ../../nbs/32b_sdxl.memory.ipynb #23ead446
 class FusedFootprint(torch.autograd.Function):
