@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from .core import append_dims, at_least_float32, cond_cat, cond_index, cond_map, cond_repeat
 from .noise import add_noise, bin_sigmas, edm_scalings, edm_weight, loss_weight, prior, sample_sigma
 
-# %% ../nbs/05_denoiser.ipynb #7074a5ca
+# %% ../nbs/05_denoiser.ipynb #2afc0e2c
 class EDMPrecond(nn.Module):
     "A network seen as a denoiser, with EDM's preconditioning (equation 7)"
     def __init__(self,
@@ -29,6 +29,7 @@ class EDMPrecond(nn.Module):
 
     def _inputs(self, x, sigma):
         "Scalings in at least float32, and the network's two inputs"
+        if sigma.ndim!=1: raise ValueError(f'sigma must be (b,), one level for each sample, got shape {tuple(sigma.shape)}')
         if sigma.device.type=='cpu' and not torch.compiler.is_compiling() and not (sigma>0).all():
             raise ValueError(f'sigma must be above 0 for a network, got {sigma.min():.3g}')
         x,sigma = at_least_float32(x),at_least_float32(sigma).to(x.device)

@@ -22,7 +22,7 @@ from .fake_score import fake_score_loss
 from .backsim import simulate
 from .regression import regression_loss
 
-# %% ../nbs/14_distill.ipynb #750e2ce5
+# %% ../nbs/14_distill.ipynb #7a112ae9
 @dataclass(frozen=True, kw_only=True)
 class DMD2Config:
     "One DMD2 run; defaults are the ImageNet-64 recipe (DMD2, appendix F.2)"
@@ -54,7 +54,8 @@ class DMD2Config:
     seed:int=10               # Names all random streams of the run
 
     def __post_init__(self):
-        for n in ('levels','betas_g','betas_fake','dm_bins','fake_bins','gan_bins'): object.__setattr__(self, n, tuple(map(int if 'bins' in n else float, getattr(self, n))))
+        for n in ('levels','betas_g','betas_fake','dm_bins','fake_bins','gan_bins'):
+            object.__setattr__(self, n, tuple(map(int if 'bins' in n else float, v if hasattr(v := getattr(self, n), '__iter__') else (v,))))
         check_sigmas(list(self.levels))
         if not min(self.ttur, self.batch)>=1: raise ValueError(f'ttur and batch must be at least 1, got {self.ttur} and {self.batch}')
         for n in ('dm_bins','fake_bins','gan_bins'):
@@ -77,7 +78,7 @@ class DMD2Config:
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #7a363f26
+# %% ../nbs/14_distill.ipynb #554ec62a
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
@@ -133,7 +134,6 @@ class DMD2:
         h = fake.encode(torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype), torch.ones(1, device=p.device), probe)
         with torch.random.fork_rng(devices=[]): torch.manual_seed(self.cfg.seed); return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
 
-    # -- where a run over several processes takes hold --
     def place(self): "Spread the networks, before the optimisers take hold of their parameters"
     def syncs(self, *nets, last=True): return nullcontext() # around a forward and backward pass; `last` of this update?
 
@@ -157,13 +157,13 @@ class DMD2:
         return int(torch.randint(len(self.sigmas), (), generator=self.rng(0, 'cpu')))
     def from_real(self):
         "Whether this iteration's input is a noised real batch"
-        coin = self.cfg.rollout=='real' or (self.cfg.rollout=='mix' and torch.rand((), generator=self.rng(1, 'cpu'))<0.5)
-        return bool(coin) and self.k>0
+        return self.k>0 and (self.cfg.rollout=='real' or (self.cfg.rollout=='mix' and bool(torch.rand((), generator=self.rng(1, 'cpu'))<0.5)))
 
     def inputs(self, cond=None, real=None):
         "The generator's input `(x, sigma)`, from backward simulation or from real data"
         n,k = (cond_len(cond) or self.batch),self.k
         if self.from_real():
+            if real is None: raise ValueError(f"rollout '{self.cfg.rollout}' needs real batches: pass reals to train")
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
             return add_noise(x, sigma, self.randn(2, len(x))), sigma
