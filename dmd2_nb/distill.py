@@ -22,7 +22,7 @@ from .fake_score import fake_score_loss
 from .backsim import simulate
 from .regression import regression_loss
 
-# %% ../nbs/14_distill.ipynb #7a112ae9
+# %% ../nbs/14_distill.ipynb #6cf7f2f5
 @dataclass(frozen=True, kw_only=True)
 class DMD2Config:
     "One DMD2 run; defaults are the ImageNet-64 recipe (DMD2, appendix F.2)"
@@ -64,10 +64,8 @@ class DMD2Config:
         for n in ('lr_g','lr_fake','lr_head','w_dm','w_fake','gan_g','gan_d','w_reg','weight_decay','lr_warmup','clip','warmup_fake','gan_start','ema_halflife'):
             if not getattr(self, n)>=0: raise ValueError(f'{n} must not be negative, got {getattr(self, n)}')
         compute_dtype(self.dtype)
-
     @property
     def gan(self): return self.gan_g>0 or self.gan_d>0
-
     @classmethod
     def from_dict(cls, d:dict):
         "Config from JSON; unknown names are refused by name"
@@ -75,10 +73,11 @@ class DMD2Config:
         if unknown: raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}")
         return cls(**d)
 
+# %% ../nbs/14_distill.ipynb #8b7a8786
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
                         gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
 
-# %% ../nbs/14_distill.ipynb #554ec62a
+# %% ../nbs/14_distill.ipynb #7dbc771b
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
@@ -112,8 +111,7 @@ class DMD2:
         adam = lambda groups,betas: torch.optim.AdamW(groups, betas=betas, weight_decay=cfg.weight_decay, fused=self.device.type=='cuda', capturable=self.capturable)
         self.opt_g = adam([dict(params=trainable(G), lr=cfg.lr_g)], cfg.betas_g)
         self.opt_fake = adam([dict(params=trainable(m), lr=lr) for m,lr in ((fake, cfg.lr_fake), (self.head, cfg.lr_head)) if m is not None], cfg.betas_fake)
-        for o in (self.opt_g, self.opt_fake):
-            for g in o.param_groups: g['base_lr'] = g['lr']
+        for g in self.opt_g.param_groups+self.opt_fake.param_groups: g['base_lr'] = g['lr']
         self.scaler_g,self.scaler_fake = (torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16) for _ in range(2))
 
     @classmethod
@@ -274,6 +272,7 @@ class DMD2:
         scaler.step(opt); scaler.update()
         return norm
 
+# %% ../nbs/14_distill.ipynb #f4b83f58
 def _rows(n): return sum(n) if isinstance(n, tuple) else n
 
 def trainable(m:nn.Module)->list:
