@@ -77,7 +77,7 @@ def at_least_float32(
     "Widen half precision before arithmetic that must not lose digits"
     return x if x.dtype==torch.float64 else x.float()
 
-# %% ../nbs/00_core.ipynb #706517a9
+# %% ../nbs/00_core.ipynb #b884f4fc
 def cond_map(
     f,      # Applied to the tensors at each leaf
     *conds, # Trees of one shape: None, tensors, or dicts, lists and tuples (also dataclasses) of trees
@@ -93,23 +93,38 @@ def cond_map(
         return type(c)(**{k: cond_map(f, *(getattr(o, k) for o in conds)) for k in c.__dataclass_fields__})
     raise TypeError(f'a condition is made of tensors, not of {type(c).__name__}')
 
-def cond_index(c, i):
+# %% ../nbs/00_core.ipynb #25eeced5
+def cond_index(
+    c, # Tree of tensors (b, ...), or None
+    i, # Rows: an integer tensor, a mask or a slice
+): # Tree like `c`
     "Rows `i` of each leaf"
     return cond_map(lambda t: t[i], c)
 
-def cond_repeat(c, n:int):
+def cond_repeat(
+    c,     # Tree of tensors (1, ...), or None
+    n:int, # Rows wanted
+): # Tree of tensors (n, ...)
     "A one-row tree `n` times"
     return cond_map(lambda t: t.expand(n, *t.shape[1:]), c)
 
-def cond_cat(*cs):
+def cond_cat(
+    *cs, # Trees of one shape
+): # One tree with all their rows
     "Join trees along the batch"
     return cond_map(lambda *ts: torch.cat(ts), *cs)
 
-def cond_to(c, device, dtype=None):
-    "Move each leaf; `dtype` concerns floating leaves only"
+def cond_to(
+    c,          # Tree of tensors, or None
+    device,     # Where to
+    dtype=None, # Type for floating leaves; labels keep theirs
+): # Tree like `c`
+    "Move each leaf"
     return cond_map(lambda t: t.to(device, dtype if t.is_floating_point() else None), c)
 
-def cond_len(c)->int: # Rows, or 0 for no condition
+def cond_len(
+    c, # Tree of tensors (b, ...), or None
+)->int: # Rows, or 0 for no condition
     "Batch size of a tree"
     sizes = []
     cond_map(lambda t: sizes.append(len(t)) or t, c)

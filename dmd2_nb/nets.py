@@ -81,12 +81,17 @@ class ToyNet(nn.Module):
         h = self.encode(x, c_noise, cond)
         return (self.out(h), h) if features else self.out(h)
 
-# %% ../nbs/04_nets.ipynb #156839ac
+# %% ../nbs/04_nets.ipynb #e7310e54
 def _groups(c): return math.gcd(c, 8)
 
 class ResBlock(nn.Module):
     "Two convolutions around a scale and shift by the embedding"
-    def __init__(self, cin, cout, emb, dropout=0.):
+    def __init__(self,
+        cin:int,  # Channels in
+        cout:int, # Channels out
+        emb:int,  # Size of the embedding
+        dropout:float=0.,
+    ):
         super().__init__()
         self.norm1,self.conv1 = nn.GroupNorm(_groups(cin), cin),nn.Conv2d(cin, cout, 3, padding=1)
         self.norm2,self.conv2 = nn.GroupNorm(_groups(cout), cout),nn.Conv2d(cout, cout, 3, padding=1)
@@ -102,7 +107,10 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     "Self-attention over the pixels of a small map"
-    def __init__(self, c, heads=2):
+    def __init__(self,
+        c:int,       # Channels
+        heads:int=2, # Heads, a divisor of `c`
+    ):
         super().__init__()
         self.heads,self.norm,self.qkv,self.proj = heads,nn.GroupNorm(_groups(c), c),nn.Conv2d(c, 3*c, 1),nn.Conv2d(c, c, 1)
         nn.init.zeros_(self.proj.weight); nn.init.zeros_(self.proj.bias)

@@ -79,7 +79,7 @@ def edm_weight(
     "EDM's weight of the denoising loss: every level counts alike on the raw network output"
     return (sigma**2+sigma_data**2)/(sigma*sigma_data)**2
 
-# %% ../nbs/03_noise.ipynb #d01bfd7e
+# %% ../nbs/03_noise.ipynb #e0ae35c4
 def prior(
     D,            # Denoiser, or any callable
     z:Tensor,     # Unit noise, (b, *dims)
@@ -102,7 +102,16 @@ def sample_sigma(
     own = getattr(D, 'sample_sigma', None)
     return own(n, lo, hi, generator=generator, device=device) if own else bin_sigmas(n, lo, hi, generator, device)
 
-def bin_sigmas(n, lo=0, hi=999, generator=None, device=None, sigma_min=0.002, sigma_max=80.):
+# %% ../nbs/03_noise.ipynb #df7336c9
+def bin_sigmas(
+    n:int,          # How many
+    lo:int=0,       # Lowest bin of 1000
+    hi:int=999,     # Highest bin, inclusive
+    generator=None, # `torch.Generator` to draw with
+    device=None,
+    sigma_min:float=0.002, # Level of bin 0
+    sigma_max:float=80.,   # Level of bin 999
+)->Tensor: # Levels, (n,)
     "Levels drawn evenly from bins `lo..hi` of 1000 rising Karras levels"
     i = torch.randint(lo, hi+1, (n,), generator=generator, device=device)
     a,b = sigma_min**(1/7),sigma_max**(1/7)
