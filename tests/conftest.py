@@ -19,13 +19,39 @@ def seeded():
 def root_(): return root
 
 
-# What open issues still owe: reported as expected failures until it lands, then taken off this list
+# What open issues still owe, test by test. They run, and are reported as expected failures; whoever mends one takes it off
 owed = {
-    'test_structure.py': '14b_recipes 19_runs 25b_evaluate 26a_jobs 32c_sdxl.graphs 36b_parallel_cost 37a_presets 90_cli 14_distill 30_sdxl.adapter 31_sdxl.conditioning 36_parallel index.ipynb'.split(),
-    'test_packaging.py': [''], 'test_parallel.py': [''], 'test_cli_refusals.py': [''],
+    'test_packaging.py': [
+        'test_readme_keeps_step_with_index',
+        'test_sample_with_bundled_weights',
+        'test_wheel_content',
+    ],
+    'test_structure.py': [
+        'test_flagged_cells_ask_first[36b_parallel_cost.ipynb]',
+        'test_notebook_file[14b_recipes.ipynb]',
+        'test_notebook_file[19_runs.ipynb]',
+        'test_notebook_file[25b_evaluate.ipynb]',
+        'test_notebook_file[26a_jobs.ipynb]',
+        'test_notebook_file[32c_sdxl.graphs.ipynb]',
+        'test_notebook_file[35_sdxl.checkpoints.ipynb]',
+        'test_notebook_file[36b_parallel_cost.ipynb]',
+        'test_notebook_file[37a_presets.ipynb]',
+        'test_notebook_file[90_cli.ipynb]',
+        'test_notebook_form[14_distill.ipynb]',
+        'test_notebook_form[25b_evaluate.ipynb]',
+        'test_notebook_form[30_sdxl.adapter.ipynb]',
+        'test_notebook_form[31_sdxl.conditioning.ipynb]',
+        'test_notebook_form[32_sdxl.roles.ipynb]',
+        'test_notebook_form[32b_sdxl.memory.ipynb]',
+        'test_notebook_form[32c_sdxl.graphs.ipynb]',
+        'test_notebook_form[33_sdxl.data.ipynb]',
+        'test_notebook_form[35_sdxl.checkpoints.ipynb]',
+        'test_notebook_form[36_parallel.ipynb]',
+        'test_notebook_form[37b_grids.ipynb]',
+        'test_notebook_form[90_cli.ipynb]',
+    ],
 }
 
 def pytest_collection_modifyitems(items):
     for o in items:
-        if any(w in o.name for w in owed.get(o.path.name, [])):
-            o.add_marker(pytest.mark.xfail(reason='owed by an open issue', strict=False, run=o.path.name=='test_structure.py'))
+        if o.name in owed.get(o.path.name, []): o.add_marker(pytest.mark.xfail(reason='owed by an open issue', strict=False))
