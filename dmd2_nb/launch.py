@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['launch']
 
-# %% ../nbs/36c_launch.ipynb #7e5d5e85
+# %% ../nbs/36c_launch.ipynb #42209753
 from pathlib import Path
 from threading import Timer
-import inspect, json, os, re, socket, subprocess, sys, tempfile, textwrap
+import inspect, json, os, re, signal, socket, subprocess, sys, tempfile, textwrap
 
-# %% ../nbs/36c_launch.ipynb #26faeeed
+# %% ../nbs/36c_launch.ipynb #55ca672c
 def launch(
     f,             # Function of a module, or of a notebook if it brings its own imports
     n:int,         # Processes on this machine, one a card
@@ -29,19 +29,27 @@ def launch(
                           f'    _start({f.__name__}, {n}, {d!r}, *json.loads({json.dumps([args, kwargs])!r}))\n', encoding='utf-8')
         env = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path))
         env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
-        p = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        timer,lines = Timer(timeout or 1e6, p.terminate),[]
+        p = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        lines,late = [],[]
+        timer = Timer(timeout or 1e6, lambda: (late.append(True), _stop(p)))
         timer.daemon = True; timer.start()
         try:
             for line in p.stdout:
                 lines.append(line)
                 if show: print(line, end='')
             p.wait()
-        finally: timer.cancel(); p.terminate(); p.wait()
+        finally: timer.cancel(); _stop(p)
+        if late: raise TimeoutError(f'{f.__name__} did not end within {timeout:g} s in {n} processes')
         if p.returncode: raise RuntimeError(_why(Path(d), lines))
         return [json.loads((Path(d)/f'{r}.json').read_text(encoding='utf-8')) for r in range(n)]
 
-# %% ../nbs/36c_launch.ipynb #f2cc4e04
+# %% ../nbs/36c_launch.ipynb #e1cdbfc2
+def _stop(p):
+    "End a process and its children"
+    try: os.killpg(p.pid, signal.SIGKILL) if os.name=='posix' else p.kill()
+    except ProcessLookupError: pass
+    p.wait()
+
 def _why(folder, lines):
     "One line on what stopped the processes: a rank's own error before an echo of it"
     errors = [o.read_text(encoding='utf-8') for o in sorted(folder.glob('*.err'), key=lambda o: o.stat().st_mtime)]
@@ -49,6 +57,7 @@ def _why(folder, lines):
     killed = re.search(r'process (\d+) terminated with (.+)', ''.join(lines))
     return own[0] if own else f'rank {killed[1]} died: {killed[2]}' if killed else (errors or [''.join(lines[-20:])])[0]
 
+# %% ../nbs/36c_launch.ipynb #a696a85d
 def _start(f, n, folder, args, kwargs):
     "In a fresh Python: one process per rank; the first that fails ends them all"
     import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once, before the fork
@@ -56,6 +65,7 @@ def _start(f, n, folder, args, kwargs):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     start_processes(_rank, (f, n, port, folder, args, kwargs), nprocs=n, start_method='fork' if os.name=='posix' else 'spawn')
 
+# %% ../nbs/36c_launch.ipynb #48449ad8
 def _rank(i, f, n, port, folder, args, kwargs):
     os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     out = Path(folder)/str(i)

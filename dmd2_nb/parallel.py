@@ -170,7 +170,7 @@ def shard_units(
     walk(net)
     return units
 
-# %% ../nbs/36_parallel.ipynb #c5437013
+# %% ../nbs/36_parallel.ipynb #72d9cbec
 def shard(
     net:nn.Module,  # Network, the same on all ranks; changed in place, deep copies come before
     mesh=None,      # From `World.mesh`: FSDP2 over it. DDP when absent
@@ -188,6 +188,12 @@ def shard(
     for m in shard_units(net) if units is None else units: fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for m in methods: register_fsdp_forward_method(net, m)
+    return _settle(net)
+
+def _settle(net):
+    "Let FSDP2 note dtypes while every parameter that learns says so: DMD2's first pass may be one with frozen weights"
+    state = net._get_fsdp_state() if hasattr(net, '_get_fsdp_state') else None
+    if hasattr(state, '_lazy_init') and not any(p.is_meta for p in net.parameters()): state._lazy_init()
     return net
 
 # %% ../nbs/36_parallel.ipynb #3c9a8e49
@@ -248,7 +254,7 @@ def on_meta(
             if not p.is_meta: m.register_parameter(n, nn.Parameter(p.detach().to('meta'), p.requires_grad))
     return net
 
-# %% ../nbs/36_parallel.ipynb #cfc5a87c
+# %% ../nbs/36_parallel.ipynb #0254ad14
 @torch.no_grad()
 def fill(
     net:nn.Module, # Network, sharded or not, perhaps still without memory
@@ -266,7 +272,7 @@ def fill(
         if tuple(w.shape)!=tuple(p.shape): raise ValueError(f'{n} has shape {tuple(p.shape)}, its weights have {tuple(w.shape)}')
         if isinstance(p, DTensor): w,p = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None).to_local(),p.to_local()
         p.copy_(w)
-    return net
+    return _settle(net)
 
 # %% ../nbs/36_parallel.ipynb #41470623
 def gather_state(
