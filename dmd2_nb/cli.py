@@ -154,7 +154,7 @@ def _report(run, file):
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
     print(f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run/file} and {run/'samples.png'}")
 
-# %% ../nbs/90_cli.ipynb #3cc660ac
+# %% ../nbs/90_cli.ipynb #9e57c13f
 @command('dmd2_distill')
 def distill_main(argv):
     "Distil a teacher"
@@ -168,14 +168,18 @@ def distill_main(argv):
     p.add_argument('--rollout', help='inputs of later steps: sim, real or mix')
     p.add_argument('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
+    p.add_argument('--accum', type=int, default=1, help='pieces that each process cuts its share of a batch into')
     a = p.parse_args(argv)
     from dmd2_nb.jobs import distill_job
+    from dmd2_nb.parallel import setup
     from dmd2_nb.recipes import config_changes, config_levels
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
     if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
-    run = distill_job(_recipe(a), a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
-                      keep_state=a.keep_state, **changes)
-    _report(run, 'generator.safetensors')
+    r = _recipe(a)
+    with setup(a.device, timeout=7200) as world:  # the others wait while the first process evaluates
+        run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
+                          keep_state=a.keep_state, world=world, accum=a.accum, **changes)
+        if world.main: _report(run, 'generator.safetensors')
 
 # %% ../nbs/90_cli.ipynb #6fa00b78
 @command('dmd2_sample')

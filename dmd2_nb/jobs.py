@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'open_data', 'open_teacher', 'open_judge', 'open_model', 'image_set', 'train_teacher_job', 'distill_job']
 
-# %% ../nbs/26a_jobs.ipynb #32c4457d
+# %% ../nbs/26a_jobs.ipynb #f7323d81
 from dataclasses import asdict, replace
 from pathlib import Path
+import shutil, tempfile
 
 import torch
 
 from .assets import data_path, sha256
-from .core import cond_to, default_device
+from .core import cond_index, cond_to, default_device
 from .distill import DMD2
 from .evaluate import Judge, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
 from .images import ImageData, in_memory, open_images
+from .parallel import World, each_rank
+from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
-from .runs import Run, batches, claim_run, cond_batches, follow, read_log
+from .runs import Progress, Run, batches, claim_run, cond_batches, follow, read_log
 from .teacher import load_teacher_run, save_teacher_run, train_teacher
 from .train import load_state, save_state, train
 from .weights import build_denoiser, load_denoiser, save_denoiser
@@ -153,7 +156,7 @@ def train_teacher_job(
 # %% ../nbs/26a_jobs.ipynb #675668a9
 COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos'.split())
 
-# %% ../nbs/26a_jobs.ipynb #b9ecb676
+# %% ../nbs/26a_jobs.ipynb #f0d4ecdb
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -170,19 +173,25 @@ def distill_job(
     say=print,        # Where messages go
     stop=None,        # Stop after this many iterations, unfinished, as if interrupted
     keep_state=False, # Keep the checkpoint of a finished run
+    world=World(),    # From `parallel.setup`: the process among those that share each batch
+    accum:int=1,      # Pieces that each process cuts its share into
     **changes,        # Of the `DMD2Config`
 )->Run:
     "Distil a teacher; generator.safetensors, metrics.json and log.csv in the run's folder"
-    device,cfg = torch.device(device or default_device()),replace(r.config, **changes)
+    device,cfg = world.device if world.many else torch.device(device or default_device()),replace(r.config, **changes)
     data,held = open_data(r, source)
     T,file = open_teacher(r, data, teacher, device)
     judge,n_eval,iters = open_judge(r, data, held, device),n_eval or r.n_eval,iters or r.iters
     if iters<=cfg.warmup_fake: raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
-    make = DMD2
+    if (world.many or accum>1) and (graph or compile): raise ValueError('--graph and --compile are for one process and whole batches')
+    make,shared = DMD2,{}
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
-    dmd = make.from_teacher(T, cfg, probe=cond_to(data.conds(torch.arange(1)), device))
+    if world.many or accum>1: make,shared = ParallelDMD2,dict(world=world if world.many else World(device=device), accum=accum)
+    dmd = make.from_teacher(T, cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
+    if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
     run = claim_run(out, dict(job='distill', data=source or r.data, teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)), r.data, name, overwrite)
-    seconds = load_state(dmd, run.state).get('seconds', 0.) if run.state.exists() else 0.
+    state,save,load = Path(each_rank(str(run.state.absolute()))[0]),*((save_parallel, load_parallel) if shared else (save_state, load_state))
+    seconds = load(dmd, state).get('seconds', 0.) if state.exists() else 0.
     _say(say, f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
     if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
     start,kinds = dmd.step,sheet_conds(data)
@@ -191,18 +200,26 @@ def distill_job(
     def evaluate(step, sec):
         row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
         return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
-    acts = [(r.every['save'], lambda step,sec: save_state(dmd, run.state, seconds=sec) and None),
-            (r.every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
-            (r.every['eval'], evaluate)]
-    reals = batches(data, cfg.batch, cfg.seed+1, start, device, r.flip) if cfg.gan or cfg.rollout!='sim' else None
-    logs = train(dmd, cond_batches(data, cfg.batch, cfg.seed+2, start, device), iters-start, reals)
+    acts = [(r.every['save'], lambda step,sec: save(dmd, state, seconds=sec) and None)]
+    if world.main:
+        acts += [(r.every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
+                 (r.every['eval'], evaluate)]
+    mine = lambda stream: (cond_index(o, world.rows(cfg.batch//world.size)) for o in stream) if world.many else stream
+    reals = mine(batches(data, cfg.batch, cfg.seed+1, start, device, r.flip)) if cfg.gan or cfg.rollout!='sim' else None
+    logs = train(dmd, mine(cond_batches(data, cfg.batch, cfg.seed+2, start, device)), iters-start, reals)
     columns = COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in judge.columns)
-    seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop)
+    seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop,
+                     bar=Progress if world.main else _Silent)
+    if not world.main: run.close(); shutil.rmtree(out); return None
     if stop and stop<iters: run.close(); return run
     _finish(r, run, T, file, dmd, data, judge, n_eval, seconds, device, pictures, say, keep_state)
     return run
 
-# %% ../nbs/26a_jobs.ipynb #af819a4c
+# %% ../nbs/26a_jobs.ipynb #eebcca98
+class _Silent(Progress):
+    def __init__(self, *args): self.bar = None
+    def update(self, step, comment=''): pass
+
 def _finish(r, run, T, teacher_file, dmd, data, judge, n, seconds, device, pictures, say, keep_state):
     "Write the generator, measure the file that was written, draw"
     levels,conds = dmd.cfg.levels,eval_conds(data, n)

@@ -193,3 +193,8 @@ def dies(how, folder):
 def batches64(c, shape, world, n=50):
     ds = list(itertools.islice(data(c, shape, world), n))
     return (o[0] for o in ds), n, (o[1] for o in ds)
+
+
+def command(args):
+    from dmd2_nb.cli import distill_main
+    return distill_main(args.split())

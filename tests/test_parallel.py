@@ -110,6 +110,25 @@ def test_damaged_checkpoints_are_named(four):
         assert 'export.safetensors' in rank['unwritable'] and 'rank 0' in rank['unwritable']
 
 
+def test_command_line(tmp_path, double):
+    "The same command in one process and in two with two pieces each writes the same log, and one run folder"
+    torch.set_default_dtype(torch.float32)
+    from dmd2_nb.recipes import RECIPES
+    from dmd2_nb.runs import read_log
+    from dmd2_nb.weights import build_denoiser, save_denoiser
+    D = build_denoiser(RECIPES['fashion16'].net)
+    for p in D.parameters(): p.data += 0.02*torch.randn_like(p)
+    save_denoiser(D, tmp_path/'teacher.safetensors')
+    args = f'--teacher {tmp_path}/teacher.safetensors --out {tmp_path} --features pixels --batch 8 --iters 4 --eval-n 8 --save-every 2 --eval-every 0 --device cpu --set warmup_fake=1 --ttur 2'
+    assert launch(work.command, 1, f'fashion16 --name one {args}', timeout=200) == [0]
+    assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=200) == [0, 0]
+    one, two = (read_log(tmp_path/n/'log.csv') for n in ('one', 'two'))
+    assert len(one) == len(two) > 0 and {p.name for p in tmp_path.iterdir()} == {'one', 'two', 'teacher.safetensors'}
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for k in a.keys()-{'seconds'}: assert abs(a[k]-b[k]) < 1e-3*(1+abs(a[k])), k
+
+
 def seconds_since_death(folder): return time.time()-float((folder/'died').read_text())
 
 
