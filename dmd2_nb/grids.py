@@ -29,6 +29,7 @@ def data_url(
     im.save(f, 'png')
     return 'data:image/png;base64,'+base64.b64encode(f.getvalue()).decode()
 
+# %% ../nbs/37b_grids.ipynb #ce9c6fc6
 class ComparisonGrid:
     "Rows with a text, columns with a name, a picture in each cell"
     def __init__(self,

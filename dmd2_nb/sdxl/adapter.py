@@ -126,6 +126,7 @@ class SigmaDenoiser(nn.Module):
         i = torch.randint(lo, hi+1, (n,), generator=generator, device=device)
         return self._table(i.device)[0][i*len(self.levels)//1000].float()
 
+# %% ../../nbs/30_sdxl.adapter.ipynb #91041eeb
 def _wide(x, device):
     "float64 where the device has it"
     return x.to(device, torch.float32 if device.type=='mps' else torch.float64)
@@ -188,6 +189,7 @@ def unet_kwargs(
     kwargs = cond.unet_kwargs() if hasattr(cond, 'unet_kwargs') else dict(encoder_hidden_states=cond) if isinstance(cond, Tensor) else cond
     return cond_map(lambda o: o.to(dtype) if dtype and o.is_floating_point() else o, dict(kwargs))
 
+# %% ../../nbs/30_sdxl.adapter.ipynb #6ba3cc68
 def unet_encode(
     unet,      # diffusers `UNet2DConditionModel`
     x:Tensor,  # Scaled samples, (b, c, h, w)

@@ -88,6 +88,7 @@ def read_alpha(path, rank):
     try: return float(json.loads(meta.get('lora_adapter_metadata', '{}')).get('unet.lora_alpha', rank))
     except ValueError: return float(rank)
 
+# %% ../../nbs/35_sdxl.checkpoints.ipynb #b6bc9d84
 def load_dmd2_lora(
     path,
     net:AdapterNet, # The role to fill; its rank has to be the file's
@@ -150,6 +151,7 @@ pipe('a photo of a cat', num_inference_steps={len(steps)}, guidance_scale=0, tim
 {fence}
 """
 
+# %% ../../nbs/35_sdxl.checkpoints.ipynb #fb130f13
 @contextmanager
 def _folder(folder):
     "A new folder that appears under its name in one move"
@@ -163,6 +165,7 @@ def _folder(folder):
         tmp.rename(folder); shutil.rmtree(old, ignore_errors=True)
     except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
 
+# %% ../../nbs/35_sdxl.checkpoints.ipynb #72f89f29
 def export_lora(
     net:AdapterNet,      # A role, such as `roles.generator.net`
     folder,              # Gets pytorch_lora_weights.safetensors and README.md
@@ -188,6 +191,7 @@ def export_lora(
         write_text(tmp/'README.md', model_card(timesteps, 'lora', **card))
     return Path(folder)/'pytorch_lora_weights.safetensors'
 
+# %% ../../nbs/35_sdxl.checkpoints.ipynb #99d6be1d
 def export_unet(
     net,                 # A role with adapter (it is merged), a `CondUNet`, or a diffusers U-Net
     folder,              # Gets config.json, diffusion_pytorch_model.safetensors and README.md

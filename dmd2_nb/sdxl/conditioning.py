@@ -89,6 +89,7 @@ class TextEncoders:
         ids = [t(prompts, padding='max_length', max_length=min(t.model_max_length, 77), truncation=True, return_tensors='pt').input_ids for t in self.tokenizers]
         return ids, torch.tensor([len(o) for o in self.tokenizers[0](prompts, verbose=False).input_ids])
 
+# %% ../../nbs/31_sdxl.conditioning.ipynb #e523d263
 @contextmanager
 def on_device(
     device,   # Where they are needed; None leaves them

@@ -53,6 +53,7 @@ class PromptFile:
         "Every prompt once per pass, in a new order each"
         for i in shuffled(len(self), n, seed, start): yield [self.prompts[j] for j in i]
 
+# %% ../../nbs/33_sdxl.data.ipynb #63e8501f
 def shuffled(
     size:int,    # How many items
     n:int,       # Items at once
@@ -121,6 +122,7 @@ class LatentShards:
             c = cond_to(c, device, torch.float32)
             yield c if x is None else (x.float().to(device), c)
 
+# %% ../../nbs/33_sdxl.data.ipynb #d1a9f3c9
 def as_cond(d): # `SDXLCond`, or text vectors alone
     "A condition from a shard's tensors"
     return SDXLCond(d['text'], d['pooled'], d['time_ids']) if 'pooled' in d else d['text']
@@ -167,6 +169,7 @@ def write_shards(
 
 def _cond_tensors(c, dtype): return {n: t.to(dtype if n!='time_ids' else torch.float32) for n,t in (c._asdict() if isinstance(c, SDXLCond) else dict(text=c)).items()}
 
+# %% ../../nbs/33_sdxl.data.ipynb #1cdd0a08
 def encode_conditions(
     folder,
     prompts,              # `PromptFile` or list
@@ -196,6 +199,7 @@ def vae_decode(vae, latents:Tensor)->Tensor: # Images in [-1, 1], (b, 3, h, w)
     "Latents to images"
     return vae.decode((latents/vae.config.scaling_factor+(vae.config.shift_factor or 0)).to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
+# %% ../../nbs/33_sdxl.data.ipynb #7223a89a
 def encode_latents(
     folder,
     images,               # Sequence of `(image in [-1, 1] (3, h, w), prompt)`

@@ -68,6 +68,7 @@ class MemoryMeter(TorchDispatchMode):
         new = tuple(None if o is None else torch.empty_strided(o[0], o[1], dtype=o[2], device='meta') for o in made[0])
         return new if made[1] else new[0]
 
+# %% ../../nbs/32b_sdxl.memory.ipynb #68764075
 def _effect(func):
     "Whether an operation makes new tensors, writes its first input, or may do else"
     s = func._schema

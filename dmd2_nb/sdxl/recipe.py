@@ -62,6 +62,7 @@ class Itself(nn.Module):
     def update(self, net): pass
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
 
+# %% ../../nbs/34_sdxl.recipe.ipynb #60595f33
 def eight_bit(
     dmd:DMD2, # Before its first step
 )->bool: # Whether it could be done

@@ -60,6 +60,7 @@ class SharedBase(Roles):
         "Replay passes as CUDA graphs from their second call on; a no-op without a GPU"
         if self.base.unet.conv_in.weight.is_cuda: return Graphs(self.teacher.net, self.generator.net, self.fake.net, share_grads=share_grads)
 
+# %% ../../nbs/32_sdxl.roles.ipynb #2bbff0db
 class FullCopies(Roles):
     "Three networks: a frozen teacher in half precision, generator and fake score in full"
     def __init__(self,
@@ -100,6 +101,7 @@ class Setup:
     @property
     def size(self): return torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
 
+# %% ../../nbs/32_sdxl.roles.ipynb #31137517
 def at_rest(
     s:Setup,
     base=None, # `AdapterBase` on the meta device, when there is one
@@ -172,6 +174,7 @@ def memory_plan(
             phases[f'{name} update' if name!='rollout' else name] = m.peak+run.pool+workspace
     return Plan(s, at_rest(s, getattr(run, 'base', None)), phases, workspace)
 
+# %% ../../nbs/32_sdxl.roles.ipynb #af94a235
 class _Rehearsal:
     "The passes of one DMD2 cycle in their order"
     def __init__(self, s, unets, m):
