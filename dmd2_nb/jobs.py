@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'open_data', 'open_teacher', 'open_judge', 'open_model', 'image_set', 'train_teacher_job', 'distill_job']
 
-# %% ../nbs/26a_jobs.ipynb #f7323d81
+# %% ../nbs/26a_jobs.ipynb #2a565fef
 from dataclasses import asdict, replace
 from pathlib import Path
 import shutil, tempfile
@@ -13,7 +13,7 @@ import shutil, tempfile
 import torch
 
 from .assets import data_path, sha256
-from .core import cond_index, cond_to, default_device
+from .core import cond_index, cond_to, default_device, to_device
 from .distill import DMD2
 from .evaluate import Judge, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
@@ -100,7 +100,7 @@ def _call(pictures, name, *args):
 def _say(say, *text):
     if say: say(*text)
 
-# %% ../nbs/26a_jobs.ipynb #788b8c35
+# %% ../nbs/26a_jobs.ipynb #4ea4bfab
 def train_teacher_job(
     r:Recipe,
     out='runs',       # Folder of all runs
@@ -120,7 +120,7 @@ def train_teacher_job(
     "Train the teacher of a recipe; teacher.safetensors, metrics.json and log.csv in the run's folder"
     device,t = torch.device(device or default_device()),r.teacher | {k: v for k,v in changes.items() if v is not None}
     data,held = open_data(r, source)
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = build_denoiser(r.net).to(device)
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = to_device(build_denoiser(r.net), device)
     judge,n_eval = open_judge(r, data, held, device),n_eval or r.n_eval
     run = claim_run(out, dict(job='train_teacher', data=source or r.data, net=r.net, teacher=t, seed=seed, holdout=r.holdout), f'{r.data}-teacher', name, overwrite)
     back,start,seconds = {},0,0.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETS', 'denoiser_config', 'build_denoiser', 'save_denoiser', 'load_denoiser']
 
-# %% ../nbs/15a_weights.ipynb #2073c8bd
+# %% ../nbs/15a_weights.ipynb #1f554745
 import json, os
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .core import to_device
 from .checkpoint import fsync, load_into, read_tensors
 from .denoiser import EDMPrecond
 
@@ -36,7 +37,7 @@ def build_denoiser(
     except TypeError as e: raise ValueError(f'{name} cannot be built from its config ({e})') from None
     return EDMPrecond(net, **{k: config[k] for k in ('sigma_data','sigma_min','sigma_max') if k in config})
 
-# %% ../nbs/15a_weights.ipynb #09804157
+# %% ../nbs/15a_weights.ipynb #ead8d1d0
 def save_denoiser(
     D:EDMPrecond,   # Denoiser
     path,           # .safetensors file, written in one move
@@ -69,4 +70,4 @@ def load_denoiser(
     except ValueError as e: raise ValueError(f'{path}: damaged metadata ({e})') from None
     D = build_denoiser(config)
     load_into(D, {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
-    return D.eval().to(device), meta
+    return to_device(D.eval(), device), meta
