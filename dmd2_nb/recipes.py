@@ -75,7 +75,7 @@ class Recipe:
     flip:bool=False         # Mirror half of the images
     n_watch:int=500         # Samples of the evaluations on the way
 
-# %% ../nbs/14b_recipes.ipynb #a437a38e
+# %% ../nbs/14b_recipes.ipynb #ae0b471d
 RECIPES = {r.data: r for r in (
     Recipe(data='fashion16', config=fashion16_config, iters=900,
            net=dict(net='UNet', args=dict(img_resolution=16, in_channels=1, label_dim=10, channels=[16,32,64], emb=64), sigma_data=0.6),
@@ -83,9 +83,9 @@ RECIPES = {r.data: r for r in (
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
            every=dict(log=10, show=150, save=150, eval=150), teacher_every=dict(log=50, show=1000, save=500, eval=0)),
     Recipe(data='emoji32', config=emoji32_config, iters=25_000, holdout=0.1,
-           net=dict(net='SongUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=32, channel_mult=[2,3,4],
-                                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
-           teacher=dict(steps=30_000, batch=512, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
+           net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
+                                             num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
+           teacher=dict(steps=40_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
            sampler=dict(steps=18), features='lite0', n_eval=10_000, n_watch=2000,
            every=dict(log=50, show=1000, save=2500, eval=2500), teacher_every=dict(log=100, show=5000, save=5000, eval=2500)),
 )}
