@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from .core import cond_map
 from .distill import DMD2
 
-# %% ../nbs/14c_graphs.ipynb #abbb6d35
+# %% ../nbs/14c_graphs.ipynb #fc4f597f
 class CudaGraph:
     "A function of tensors that runs eagerly a few times, is then captured, and replayed from there on"
     def __init__(self,
@@ -22,10 +22,13 @@ class CudaGraph:
     ):
         self.fn,self.warmup,self.pool,self.calls,self.graph = fn,warmup,pool,0,None
 
+    sides = {} # The stream of all eager calls, one a device: what it frees serves the next of them
+
     def __call__(self, *args): # Outputs; overwritten by the next call
         if self.calls<self.warmup:
             self.calls += 1
-            side = torch.cuda.Stream()
+            d = torch.cuda.current_device()
+            side = self.sides[d] = self.sides.get(d) or torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side): out = self.fn(*args)
             torch.cuda.current_stream().wait_stream(side)
@@ -39,7 +42,7 @@ class CudaGraph:
         self.graph.replay()
         return self.outputs
 
-# %% ../nbs/14c_graphs.ipynb #4bab0491
+# %% ../nbs/14c_graphs.ipynb #b8fb8736
 class GraphedDMD2(DMD2):
     "`DMD2` whose generator and critic updates replay as CUDA graphs; the loop around it is the same"
     def __init__(self, *args, **kwargs):
@@ -78,9 +81,14 @@ class GraphedDMD2(DMD2):
         try: return cond_map(lambda t: t.clone(), slot['graph'](*args))
         finally: self._slot = None
 
+    def _spent(self, out):
+        "Drop the gradients once they are used: the next kind of iteration takes their place"
+        for o in (self.opt_g, self.opt_fake): o.zero_grad(set_to_none=True)
+        return out
+
     def _generator(self, cond, real):
-        return self._replay(('generator', self.k, self.from_real(), self.gan_on), lambda c,r: DMD2._generator(self, c, r), cond, real if self.from_real() else None)
+        return self._replay(('generator', self.k, self.from_real(), self.gan_on), lambda c,r: self._spent(DMD2._generator(self, c, r)), cond, real if self.from_real() else None)
     def _critic(self, x, cond, real):
-        return self._replay(('critic', self.gan_on), lambda x,c,r: DMD2._critic(self, x, c, r), x, cond, real if self.gan_on else None)
+        return self._replay(('critic', self.gan_on), lambda x,c,r: self._spent(DMD2._critic(self, x, c, r)), x, cond, real if self.gan_on else None)
     def generate(self, cond=None, real=None):
         return self._replay(('generate', self.k, self.from_real()), lambda c,r: DMD2.generate(self, c, r), cond, real if self.from_real() else None)
