@@ -23,7 +23,6 @@ def root_(): return root
 owed = {
     'test_sdxl_roles.py': ['test_advice_fits'],  # the advice can recommend what the plan itself predicts not to fit
     'test_packaging.py': [
-        'test_readme_keeps_step_with_index',
         'test_sample_with_bundled_weights',
         'test_wheel_content',
     ],

@@ -1,5 +1,5 @@
 "What a user gets: the README's lines, the wheel, its data and scripts in a clean environment"
-import configparser, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
+import base64, configparser, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
 from email.parser import Parser
 from pathlib import Path
 
@@ -50,6 +50,26 @@ def test_readme_keeps_step_with_index():
     for link in re.findall(r'\]\(([^)#\s]+)', text):
         if not re.match(r'\w+:', link): assert (root/link).exists(), f'README links to {link}'
     assert re.search(r'!\[[^\]]*\]\(', text), 'no picture'
+    code = ''.join(line for c in cells if c['cell_type'] == 'code' for line in (*c['source'], '\n')).splitlines()
+    snippet = re.findall(r'^```python\n(.*?)^```$', text, re.M | re.S)[-1]
+    assert not set(snippet.splitlines()) - set(code), 'the last Python example of the README is one that index runs'
+
+
+def test_readme_shows_the_picture_of_index():
+    "As index drew it; `.ci/execute.py nbs/index.ipynb` writes both"
+    cells = json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    *_, png = [o['data']['image/png'] for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    stored = root/'nbs'/'images'/'index.png'
+    assert stored.read_bytes() == base64.b64decode(''.join(png)) and stored.stat().st_size < 100_000
+    assert '](nbs/images/index.png)' in (root/'README.md').read_text(encoding='utf-8')
+
+
+def test_map_names_every_notebook():
+    "A new notebook is entered in the map at the end of index"
+    cells = json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    links = set(re.findall(r'\]\(([^)#\s:]+\.ipynb)', ''.join(line for c in cells if c['cell_type'] == 'markdown' for line in c['source'])))
+    there = {p.name for p in (root/'nbs').glob('*.ipynb') if not p.name.startswith('.')} - {'index.ipynb'}
+    assert links == there, f'not on the map: {sorted(there-links)}; not there: {sorted(links-there)}'
 
 
 def test_requirements_are_pinned_for_ci():
