@@ -192,13 +192,13 @@ def test_scripts_say_what_they_do(clean, script):
 
 @needs_cli
 def test_sample_with_bundled_weights(clean, names):
-    "Each bundled generator draws pictures where only the wheel is installed"
-    generators = [Path(n).stem for n in names if re.fullmatch(r'dmd2_nb/data/weights/\w+_\d+step\.safetensors', n)]
-    assert generators, 'no generator is bundled'
-    for g in generators:
-        run(clean, 'dmd2_sample', g, '--n', '4', '--out', f'{g}.png')
+    "Bundled generators and teachers draw pictures where only the wheel is installed"
+    bundled = [m[1] for n in names if (m := re.fullmatch(r'dmd2_nb/data/weights/(\w+_(?:\d+step|teacher))\.safetensors', n))]
+    assert {'fashion16_1step', 'fashion16_teacher'} <= set(bundled), 'what the commands use by default is not bundled'
+    for g in bundled:
+        run(clean, 'dmd2_sample', g, '--n', '4', '--out', f'{g}.png', *(['--steps', '4'] if g.endswith('teacher') else []))
         from PIL import Image
-        with Image.open(clean[1]/f'{g}.png') as im: assert len(set(im.convert('L').getdata())) > 32, 'a picture of nothing'
+        with Image.open(clean[1]/f'{g}.png') as im: assert len(set(im.convert('L').tobytes())) > 32, 'a picture of nothing'
 
 
 @needs_cli
