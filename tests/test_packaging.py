@@ -1,6 +1,7 @@
 "What a user gets: the README's lines, the wheel, its data and scripts in a clean environment"
-import base64, configparser, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
+import base64, configparser, hashlib, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
 from email.parser import Parser
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_requirements_are_pinned_for_ci():
     assert {'torch', 'torchvision', 'diffusers', 'einops', 'fastprogress', 'jupyterlab', 'nbdev'} <= {bare(o) for o in named}
     assert not {'diffusers', 'transformers', 'jupyterlab', 'nbdev', 'bitsandbytes'} & {bare(o) for o in cfg['requirements'].split()}
     assert 'bitsandbytes' not in {bare(o) for o in named}
+
+
+def test_bundled_files_are_listed():
+    "Each file of data/ is in data/README.md; checksums given there are right"
+    text = (root/'data'/'README.md').read_text(encoding='utf-8')
+    named = set(re.findall(r'`([^`\s]+)`', text))
+    files = [p for p in (root/'data').rglob('*') if p.is_file() and not {'cache', '__pycache__', 'LICENSES'} & set(p.parts)]
+    files = {p.relative_to(root/'data').as_posix(): p for p in files if p.name not in ('README.md', 'emoji64.npz')}
+    missing = [n for n in files if not any(fnmatch(n, o) for o in named)]
+    assert not missing, f'enter in data/README.md: {missing}'
+    sums = dict(re.findall(r'^\| `([^`]+)` .*\| `([0-9a-f]{12})` \|', text, re.M))
+    assert {n for n in files if n.endswith(('.npz', '.zip', '.safetensors'))} <= set(sums), 'no checksum'
+    for n, s in sums.items(): assert hashlib.sha256(files[n].read_bytes()).hexdigest().startswith(s), f'{n} is not what data/README.md lists'
 
 
 # The wheel
