@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../nbs/90_cli.ipynb #aeff4839
+# %% ../nbs/90_cli.ipynb #86087bca
 def command(name):
     "Turn bad input into one line and exit code 2"
     def wrap(f):
@@ -31,9 +31,22 @@ def command(name):
         return main
     return wrap
 
-def _parser(name, text):
-    return argparse.ArgumentParser(prog=name, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+# %% ../nbs/90_cli.ipynb #12b516d0
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, name, text): super().__init__(prog=name, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def error(self, message): raise ValueError(f'{message}; --help tells more')
 
+def _at_least(least, **values):
+    "Refuse numbers that are too small, by the option's name"
+    for k,v in values.items():
+        if v is not None and v<least: raise ValueError(f'--{k.replace("_", "-")} must be at least {least}, got {v}')
+
+def _device(name):
+    try: torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e: raise ValueError(f"device '{name}' cannot be used here ({str(e).splitlines()[0]})") from None
+    return torch.device(name)
+
+# %% ../nbs/90_cli.ipynb #c6f8036c
 def _run_options(p):
     "Options of everything that trains"
     p.add_argument('recipe', nargs='?', default='fashion16', help='fashion16, emoji32 or emoji64')
@@ -51,38 +64,31 @@ def _run_options(p):
     p.add_argument('--graph', action='store_true', help='replay updates as CUDA graphs')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks')
 
-# %% ../nbs/90_cli.ipynb #06ac31c4
+# %% ../nbs/90_cli.ipynb #6721d87b
 def _recipe(a):
     "The recipe with what was asked for"
     from dmd2_nb.recipes import recipe
     r,given = recipe(a.recipe),{k: v for k,v in dict(save=a.save_every, eval=a.eval_every).items() if v is not None}
-    for k,v in dict(batch=a.batch, eval_n=a.eval_n).items():
-        if v is not None and v<1: raise ValueError(f'--{k.replace("_", "-")} must be at least 1, got {v}')
+    _at_least(1, batch=a.batch, save_every=a.save_every)
+    _at_least(0, eval_every=a.eval_every)
+    _at_least(4, eval_n=a.eval_n)
     if a.device: _device(a.device)
     return replace(r, every=r.every | given, teacher_every=r.teacher_every | given, features=a.features or r.features)
 
-def _device(name):
-    try: torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"device '{name}' cannot be used here ({str(e).splitlines()[0]})") from None
-    return torch.device(name)
-
-# %% ../nbs/90_cli.ipynb #24993b03
+# %% ../nbs/90_cli.ipynb #1946293e
 def save_figure(
     ax,   # Axes, or several, of one figure
     path, # .png
 ):
     "Write the figure of some axes in one move, and close it"
     import matplotlib.pyplot as plt
-    fig,path = getattr(ax, 'figure', None) or ax[0].figure,Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.stem}.tmp.png')
-    try: fig.savefig(tmp, dpi=120); tmp.replace(path)
-    except BaseException as e:
-        tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError): raise OSError(f'{path} could not be written ({e.strerror or e})') from e
-        raise
+    from dmd2_nb.checkpoint import one_move
+    fig = getattr(ax, 'figure', None) or ax[0].figure
+    try:
+        with one_move(path) as tmp: fig.savefig(tmp, dpi=120)
     finally: plt.close(fig)
 
+# %% ../nbs/90_cli.ipynb #ae4ef8a0
 def _captions(data, conds):
     "Class of each picture, as far as there is one"
     if not data.class_names: return None
@@ -133,18 +139,18 @@ def draw_pairs(path, above, below, data, conds, steps, levels):
 
 PICTURES = dict(grid=draw_grid, curves=draw_curves, pairs=draw_pairs)
 
-# %% ../nbs/90_cli.ipynb #a116cb76
+# %% ../nbs/90_cli.ipynb #ece205a1
 @command('dmd2_train_teacher')
 def train_teacher_main(argv):
     "Train the teacher of a recipe"
-    p = _parser('dmd2_train_teacher', 'Train a class-conditional EDM teacher')
+    p = _Parser('dmd2_train_teacher', 'Train a class-conditional EDM teacher')
     _run_options(p)
     p.add_argument('--steps', type=int, help='updates')
     p.add_argument('--lr', type=float, help='learning rate')
     a = p.parse_args(argv)
     from dmd2_nb.jobs import train_teacher_job
     r = _recipe(a)
-    if a.steps is not None and a.steps<1: raise ValueError(f'--steps must be at least 1, got {a.steps}')
+    _at_least(1, steps=a.steps)
     run = train_teacher_job(r, a.out, a.name, a.overwrite, a.device, a.data, a.seed or 0, a.eval_n, a.graph, a.compile, PICTURES, steps=a.steps, batch=a.batch, lr=a.lr)
     _report(run, 'teacher.safetensors')
 
@@ -154,11 +160,11 @@ def _report(run, file):
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
     print(f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run/file} and {run/'samples.png'}")
 
-# %% ../nbs/90_cli.ipynb #9e57c13f
+# %% ../nbs/90_cli.ipynb #7ae7d908
 @command('dmd2_distill')
 def distill_main(argv):
     "Distil a teacher"
-    p = _parser('dmd2_distill', 'Distil a diffusion teacher into a one- or few-step generator')
+    p = _Parser('dmd2_distill', 'Distil a diffusion teacher into a one- or few-step generator')
     _run_options(p)
     p.add_argument('--teacher', help='weights or run folder of the teacher; by default the bundled one')
     p.add_argument('--steps', type=int, help="the generator's steps, 1 or 4")
@@ -173,6 +179,7 @@ def distill_main(argv):
     from dmd2_nb.jobs import distill_job
     from dmd2_nb.parallel import setup
     from dmd2_nb.recipes import config_changes, config_levels
+    _at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum)
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
     if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
     r = _recipe(a)
@@ -181,11 +188,11 @@ def distill_main(argv):
                           keep_state=a.keep_state, world=world, accum=a.accum, **changes)
         if world.main: _report(run, 'generator.safetensors')
 
-# %% ../nbs/90_cli.ipynb #6fa00b78
+# %% ../nbs/90_cli.ipynb #bb2a83f0
 @command('dmd2_sample')
 def sample_main(argv):
     "Draw samples into a picture"
-    p = _parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
+    p = _Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
     p.add_argument('source', nargs='?', default='fashion16_1step', help='run folder, .safetensors file, or name of bundled weights')
     p.add_argument('--n', type=int, default=16, help='how many')
     p.add_argument('--label', help='class, by name or number; random classes when absent')
@@ -196,7 +203,7 @@ def sample_main(argv):
     p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
     p.add_argument('--device', default='cpu')
     a = p.parse_args(argv)
-    if a.n<1: raise ValueError(f'--n must be at least 1, got {a.n}')
+    _at_least(1, n=a.n, steps=a.steps, scale=a.scale)
     if Path(a.out).suffix not in ('.png', '.npz'): raise ValueError(f'--out {a.out}: expected .png or .npz')
     from dmd2_nb.evaluate import draw, save_samples
     from dmd2_nb.jobs import open_model
@@ -212,19 +219,17 @@ def sample_main(argv):
 def save_sheet(images, path, scale=None):
     "Images side by side, pixel by pixel"
     from PIL import Image
+    from dmd2_nb.checkpoint import one_move
     from dmd2_nb.plot import tile
-    path,k = Path(path),scale or max(1, 64//images.shape[-1])
+    k = scale or max(1, 64//images.shape[-1])
     sheet = tile(images.repeat_interleave(k, -1).repeat_interleave(k, -2), ncols=max(4, round(len(images)**0.5)), pad=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.stem}.tmp.png')
-    try: Image.fromarray(sheet.numpy()).save(tmp); tmp.replace(path)
-    except OSError as e: tmp.unlink(missing_ok=True); raise OSError(f'{path} could not be written ({e.strerror or e})') from e
+    with one_move(path) as tmp: Image.fromarray(sheet.numpy()).save(tmp)
 
-# %% ../nbs/90_cli.ipynb #98cafb61
+# %% ../nbs/90_cli.ipynb #6bc85581
 @command('dmd2_evaluate')
 def evaluate_main(argv):
     "Measure generators, teachers or image sets against real images"
-    p = _parser('dmd2_evaluate', 'Kernel and Fréchet distance of samples to real images, beside the floor')
+    p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance of samples to real images, beside the floor')
     p.add_argument('sources', nargs='+', help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images')
     p.add_argument('--data', default='fashion16', help='what to compare with: a recipe, or images (.npz, .zip, folder)')
     p.add_argument('--features', help="feature extractor; by default the recipe's")
@@ -234,40 +239,32 @@ def evaluate_main(argv):
     p.add_argument('--out', help='also write the table as .json')
     p.add_argument('--device', default='cpu')
     a = p.parse_args(argv)
-    from dmd2_nb.evaluate import Judge, draw, eval_conds, extractor, table
-    from dmd2_nb.jobs import image_set, open_data, open_judge, open_model
-    from dmd2_nb.recipes import RECIPES
+    from dmd2_nb.checkpoint import write_text
+    from dmd2_nb.evaluate import draw, eval_conds, table
+    from dmd2_nb.jobs import image_set, open_model, open_reference
+    _at_least(4, n=a.n)
+    _at_least(1, steps=a.steps)
     device,rows = _device(a.device),{}
     try: seeds = [int(s) for s in a.seeds.split(',')]
     except ValueError: raise ValueError(f"--seeds '{a.seeds}': expected whole numbers with commas between") from None
-    if a.n<4: raise ValueError(f'--n must be at least 4, got {a.n}')
     sources = {s: image_set(s, a.n) for s in a.sources}
     models = {s: open_model(s, device, a.steps) for s,x in sources.items() if x is None}
-    if a.data in RECIPES:
-        r = RECIPES[a.data] if not a.features else replace(RECIPES[a.data], features=a.features)
-        data,held = open_data(r)
-        judge = open_judge(r, data, held, device)
-    else:
-        data = image_set(a.data, None)
-        if data is None: raise FileNotFoundError(f"--data {a.data}: neither a recipe ({', '.join(RECIPES)}) nor images")
-        judge = Judge(extractor(a.features or 'pixels', device), real=data)
+    judge,data = open_reference(a.data, a.features, device)
     rows['real images'] = judge.floor(a.n)
     for s,x in sources.items():
         if x is not None: rows[s] = judge(x); continue
         sampler,model = models[s]
         for seed in seeds:
-            conds = eval_conds(data, a.n, seed) if a.data in RECIPES else model.condition(a.n, seed=seed)
+            conds = eval_conds(data, a.n, seed) if data else model.condition(a.n, seed=seed)
             rows[s if len(seeds)==1 else f'{s}, seed {seed}'] = judge(draw(sampler, model.G.shape, a.n if conds is None else conds, seed, device=device))
     print(table(rows))
-    if a.out:
-        from dmd2_nb.checkpoint import write_text
-        write_text(a.out, json.dumps(rows, indent=1))
+    if a.out: write_text(a.out, json.dumps(rows, indent=1))
 
-# %% ../nbs/90_cli.ipynb #b4a58d19
+# %% ../nbs/90_cli.ipynb #715be67e
 @command('dmd2_prepare')
 def prepare_main(argv):
     "Turn a folder of images into the zip that training reads"
-    p = _parser('dmd2_prepare', "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes")
+    p = _Parser('dmd2_prepare', "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes")
     p.add_argument('source', help='folder with one subfolder per class')
     p.add_argument('out', help='the zip to write')
     p.add_argument('--size', type=int, default=64, help='side in pixels')
@@ -277,11 +274,13 @@ def prepare_main(argv):
     if Path(a.out).suffix!='.zip': raise ValueError(f'{a.out}: expected a name that ends in .zip')
     if Path(a.out).exists() and not a.overwrite: raise ValueError(f'{a.out} exists: say --overwrite or give another name')
     if not Path(a.source).is_dir(): raise FileNotFoundError(f'{a.source}: no such folder')
-    if a.size<1: raise ValueError(f'--size must be at least 1, got {a.size}')
+    _at_least(1, size=a.size)
     from dmd2_nb.image_files import prepare
     from fastprogress.fastprogress import progress_bar
-    print(f'\n{prepare(a.source, a.out, a.size, workers=a.workers, progress=progress_bar)} written')
+    try: print(f'\n{prepare(a.source, a.out, a.size, workers=a.workers, progress=progress_bar)} written')
+    except OSError as e: raise OSError(f'{a.out} could not be written ({e.strerror})') if e.errno and not e.filename else e
 
+# %% ../nbs/90_cli.ipynb #2493e318
 def main(argv=None)->int: # Exit code
     "`python -m dmd2_nb.cli COMMAND ...`"
     jobs = dict(train_teacher=train_teacher_main, distill=distill_main, sample=sample_main, evaluate=evaluate_main, prepare=prepare_main)

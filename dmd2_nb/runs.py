@@ -6,19 +6,20 @@
 __all__ = ['Run', 'run_config', 'finished', 'claim_run', 'CsvLog', 'read_log', 'Means', 'Progress', 'follow', 'batches',
            'cond_batches']
 
-# %% ../nbs/19_runs.ipynb #19460d0a
+# %% ../nbs/19_runs.ipynb #15a24a53
 import csv, json, math, os, shutil, sys, time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import write_text
+from .checkpoint import making, naming, write_text
 from .core import cond_map
 from .images import image_batches, stream_rows, to_float
 
-# %% ../nbs/19_runs.ipynb #4cb08936
+# %% ../nbs/19_runs.ipynb #3f08ee2b
 class Run:
     "One run's folder, held by this process"
     def __init__(self,
@@ -45,8 +46,13 @@ class Run:
 
     def close(self):
         "Let others in"
-        if self._lock: os.close(self._lock); self._lock = None
-        (self/'.lock').unlink(missing_ok=True)
+        if self._lock is None: return
+        os.close(self._lock)
+        self._lock = None
+        with suppress(OSError): (self/'.lock').unlink()
+
+    def __enter__(self): return self
+    def __exit__(self, *exc): self.close()
 
 def run_config(
     folder, # A run's folder
@@ -61,12 +67,12 @@ def finished(folder):
     "Whether a run has come to its end"
     return (Path(folder)/'metrics.json').is_file()
 
-# %% ../nbs/19_runs.ipynb #3df5ef34
+# %% ../nbs/19_runs.ipynb #74892286
 def _lock(folder):
     "A file descriptor that keeps other processes out, or None when one is in"
+    with naming(folder/'.lock'): fd = os.open(folder/'.lock', os.O_CREAT | os.O_RDWR)
     try: import fcntl
-    except ImportError: return os.open(folder/'.lock', os.O_CREAT | os.O_RDWR)  # no such locks on Windows
-    fd = os.open(folder/'.lock', os.O_CREAT | os.O_RDWR)
+    except ImportError: return fd  # no such locks on Windows
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: os.close(fd); return None
     return fd
@@ -77,16 +83,17 @@ def _differences(a, b, path=''):
         return [d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f'{path}.{k}' if path else k)]
     return [] if a==b else [f'{path} {a} there, {b} now']
 
-def _claim_new(folder, config, cleared=False):
+def _claim_new(folder, config):
     "Make a folder that did not exist; nothing is left of it if that fails"
-    folder.mkdir(parents=True)
-    try:
-        lock = _lock(folder)
-        write_text(folder/'config.json', json.dumps(config, indent=1))
-    except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
+    with making(folder.parent):
+        folder.mkdir()  # FileExistsError where another process was faster
+        try:
+            lock = _lock(folder)
+            write_text(folder/'config.json', json.dumps(config, indent=1))
+        except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
     return Run(folder, False, lock)
 
-# %% ../nbs/19_runs.ipynb #5f9093cd
+# %% ../nbs/19_runs.ipynb #14254753
 def claim_run(
     out,            # Folder of all runs
     config:dict,    # JSON-able: all that decides the run
@@ -101,8 +108,10 @@ def claim_run(
         last = out/f'{prefix}-{max(taken)}' if taken else None
         if last and not overwrite and not finished(last) and run_config(last)==config and (lock := _lock(last)): return Run(last, True, lock)
         for i in count(max(taken, default=0)+1):
-            try: return _claim_new(out/f'{prefix}-{i}', config)
-            except FileExistsError: continue
+            folder = out/f'{prefix}-{i}'
+            try: return _claim_new(folder, config)
+            except FileExistsError:
+                if not folder.exists(): raise
     if Path(name).name!=name or name in ('.', '..'): raise ValueError(f"'{name}' is not a name for a folder: choose another --name")
     folder = out/name
     if not folder.exists(): return _claim_new(folder, config)
@@ -110,14 +119,14 @@ def claim_run(
     if there is None and (not folder.is_dir() or any(folder.iterdir())): raise ValueError(f'{folder} is in the way and holds no run: choose another --name')
     lock = _lock(folder)
     if lock is None: raise ValueError(f'{folder} is being written by another process: choose another --name')
-    if overwrite or there is None: shutil.rmtree(folder); return _claim_new(folder, config)
+    if overwrite or there is None: os.close(lock); shutil.rmtree(folder); return _claim_new(folder, config)
     differ = _differences(there, config)
     if not differ and not finished(folder): return Run(folder, True, lock)
-    os.close(lock); (folder/'.lock').unlink(missing_ok=True)
+    Run(folder, True, lock).close()
     why = f"holds a run of another config ({'; '.join(differ[:5])}{' ...' if len(differ)>5 else ''})" if differ else 'holds a finished run'
     raise ValueError(f'{folder} {why}: say --overwrite or choose another --name')
 
-# %% ../nbs/19_runs.ipynb #a136c212
+# %% ../nbs/19_runs.ipynb #8eed089a
 class CsvLog:
     "Rows of numbers in a file, one step a row; whole rows only, also after a crash"
     def __init__(self,
@@ -137,11 +146,10 @@ class CsvLog:
     def add(self, row:dict):
         "Append one row; other names than `columns` are left out"
         size = self.path.stat().st_size
-        try:
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(self._line(row))
-        except OSError as e:
-            os.truncate(self.path, size)
-            raise OSError(f'{self.path} could not be written ({e.strerror or e})') from e
+        with naming(self.path):
+            try:
+                with open(self.path, 'a', encoding='utf-8') as f: f.write(self._line(row))
+            except BaseException: os.truncate(self.path, size); raise
         self.rows.append({k: row[k] for k in self.columns if row.get(k) is not None})
 
 def read_log(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NETS', 'denoiser_config', 'build_denoiser', 'save_denoiser', 'load_denoiser']
 
-# %% ../nbs/15a_weights.ipynb #1f554745
-import json, os
+# %% ../nbs/15a_weights.ipynb #07e02817
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .core import to_device
-from .checkpoint import fsync, load_into, read_tensors
+from .checkpoint import load_into, one_move, read_tensors
 from .denoiser import EDMPrecond
 
 # %% ../nbs/15a_weights.ipynb #272a71ff
@@ -37,7 +37,7 @@ def build_denoiser(
     except TypeError as e: raise ValueError(f'{name} cannot be built from its config ({e})') from None
     return EDMPrecond(net, **{k: config[k] for k in ('sigma_data','sigma_min','sigma_max') if k in config})
 
-# %% ../nbs/15a_weights.ipynb #ead8d1d0
+# %% ../nbs/15a_weights.ipynb #1df9035b
 def save_denoiser(
     D:EDMPrecond,   # Denoiser
     path,           # .safetensors file, written in one move
@@ -46,18 +46,9 @@ def save_denoiser(
 )->Path:
     "A denoiser and how to rebuild it, in one file"
     from safetensors.torch import save_file
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.tmp-{os.getpid()}')
     tensors = {k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k,v in D.state_dict().items()}
-    try:
-        save_file(tensors, tmp, metadata=dict(denoiser=json.dumps(denoiser_config(D)), meta=json.dumps(meta)))
-        fsync(tmp); os.replace(tmp, path)
-    except BaseException as e:
-        tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError): raise OSError(f'{path} could not be written ({e.strerror or e})') from e
-        raise
-    return path
+    with one_move(path) as tmp: save_file(tensors, tmp, metadata=dict(denoiser=json.dumps(denoiser_config(D)), meta=json.dumps(meta)))
+    return Path(path)
 
 def load_denoiser(
     path,         # File from `save_denoiser`
@@ -66,8 +57,9 @@ def load_denoiser(
     "Rebuild a denoiser from its file"
     tensors,md = read_tensors(path)
     if 'denoiser' not in md: raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
-    try: config,meta = json.loads(md['denoiser']),json.loads(md.get('meta', '{}'))
-    except ValueError as e: raise ValueError(f'{path}: damaged metadata ({e})') from None
-    D = build_denoiser(config)
+    try:
+        config,meta = json.loads(md['denoiser']),dict(json.loads(md.get('meta', '{}')))
+        D = build_denoiser(config)
+    except Exception as e: raise ValueError(f'{path} has a config that cannot be used ({e})') from None
     load_into(D, {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
     return to_device(D.eval(), device), meta
