@@ -29,7 +29,7 @@ from .teacher import load_dmd2_edm, load_edm, load_teacher_run, save_teacher_run
 from .train import load_state, save_state, train
 from .weights import build_denoiser, load_denoiser, save_denoiser
 
-# %% ../nbs/26a_jobs.ipynb #5d094811
+# %% ../nbs/26a_jobs.ipynb #88dc9def
 def open_data(
     r:Recipe,    # Recipe whose network is to take the images
     source=None, # Path or name of another image set of the same kind
@@ -61,6 +61,7 @@ def open_teacher(
     if D.model.label_dim!=data.label_dim: raise ValueError(f'{file} knows {D.model.label_dim} classes, {data.name} has {data.label_dim}')
     return D, file
 
+# %% ../nbs/26a_jobs.ipynb #93e51aa4
 def open_judge(
     r:Recipe,
     data:ImageData, # Trained on
@@ -265,7 +266,7 @@ def distill_job(
     if not world.main: shutil.rmtree(out); return None
     return run
 
-# %% ../nbs/26a_jobs.ipynb #1404f289
+# %% ../nbs/26a_jobs.ipynb #fee10b4e
 class _Silent(Progress):
     def __init__(self, *args): self.bar = None
     def update(self, step, comment=''): pass
@@ -284,6 +285,6 @@ def _finish(r, run, T, teacher_file, dmd, data, judge, n, seconds, device, pictu
     if r.best_row: rows |= best_row(read_log(run/'log.csv'), judge.columns[0], r.n_watch, len(levels))
     kinds = sheet_conds(data)
     _call(pictures, 'curves', run/'curves.png', read_log(run/'log.csv'), 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid fid raw_fid')
-    _call(pictures, 'pairs', run/'samples.png', *(draw(s, data.shape, kinds, seed=1, device=device) for s in (teacher_sampler(T, **r.sampler), student_sampler(G, levels))),
+    if pictures: _call(pictures, 'pairs', run/'samples.png', *(draw(s, data.shape, kinds, seed=1, device=device) for s in (teacher_sampler(T, **r.sampler), student_sampler(G, levels))),
           data, kinds, r.sampler['steps'], len(levels))
     run.finish(dict(seconds=seconds, device=str(device), iterations=dmd.step, g_updates=dmd.g_updates, rows=rows), keep_state)
