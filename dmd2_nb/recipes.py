@@ -59,7 +59,7 @@ def config_levels(
     if steps==4: return FOUR_STEPS
     raise ValueError(f'--steps {steps}: 1 and 4 have levels of their own; for others give --levels')
 
-# %% ../nbs/14b_recipes.ipynb #f7b6b7fb
+# %% ../nbs/14b_recipes.ipynb #e407ea09
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the commands know of a data set"
@@ -78,9 +78,9 @@ class Recipe:
     n_watch:int=500         # Samples of the evaluations on the way
     bundled:bool=True       # Whether images and teacher come along; else they have to be given
     classes:tuple=()        # Names of the classes, where the image files know none
-    conds:Callable=None              # Function (data, n) that gives the conditions of an evaluation; the data's frequencies when absent
-    judge:Callable=None              # Function (recipe, data, held, device) that gives the judge; kernel and Fréchet distance when absent
-    critic:Callable=None             # Function that makes the fake score's start out of the teacher; a copy when absent
+    conds:Callable=None     # Function (data, n) that gives the conditions of an evaluation; the data's frequencies when absent
+    judge:Callable=None     # Function (recipe, data, held, device) that gives the judge; kernel and Fréchet distance when absent
+    critic:Callable=None    # Function that makes the fake score's start out of the teacher; a copy when absent
     teacher_row:bool=True   # Whether the final table measures the teacher over all its steps
     best_row:bool=False     # Whether it also names the best evaluation on the way, labelled as such
     half_teacher:bool=False # Teacher in the run's half precision on a CUDA device
