@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'open_data', 'open_teacher', 'open_judge', 'open_model', 'image_set', 'open_reference', 'train_teacher_job',
-           'distill_job']
+           'first_networks', 'distill_job']
 
-# %% ../nbs/26a_jobs.ipynb #2a565fef
+# %% ../nbs/26a_jobs.ipynb #63f0b1bb
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 import shutil, tempfile
@@ -14,27 +15,30 @@ import shutil, tempfile
 import torch
 
 from .assets import data_path, sha256
+from .checkpoint import load_folder, load_into
 from .core import cond_index, cond_to, default_device, to_device
 from .distill import DMD2
-from .evaluate import Judge, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
+from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
 from .images import ImageData, in_memory, open_images
 from .parallel import World, each_rank
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
 from .runs import Progress, Run, batches, claim_run, cond_batches, follow, read_log
-from .teacher import load_teacher_run, save_teacher_run, train_teacher
+from .teacher import load_dmd2_edm, load_edm, load_teacher_run, save_teacher_run, train_teacher
 from .train import load_state, save_state, train
 from .weights import build_denoiser, load_denoiser, save_denoiser
 
-# %% ../nbs/26a_jobs.ipynb #567d409d
+# %% ../nbs/26a_jobs.ipynb #88dc9def
 def open_data(
     r:Recipe,    # Recipe whose network is to take the images
     source=None, # Path or name of another image set of the same kind
 ): # `(train, held)`: two `ImageData`, the second None where nothing is held out
     "The images of a recipe, fitting its network"
-    data = open_images(source or r.data)
+    if source is None and not r.bundled: raise ValueError(f"the images of '{r.data}' do not come along: give a zip, a folder or an LMDB (--data)")
+    data = open_images(source or r.data, workers=0 if r.bundled else 8)
     if not isinstance(data, ImageData): data = in_memory(data)
+    if r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
     args,name = r.net['args'],source or r.data
     want = (args['in_channels'], args['img_resolution'], args['img_resolution'])
     if data.shape!=want: raise ValueError(f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}")
@@ -48,13 +52,16 @@ def open_teacher(
     device='cpu',
 ): # `(teacher, file)`
     "A teacher that fits the images"
+    if path is None and not r.bundled: raise ValueError(f"the teacher of '{r.data}' does not come along: give its file (--teacher)")
     file = Path(path) if path else data_path(f'weights/{r.data}_teacher.safetensors')
-    if file.is_dir(): file = file/'teacher.safetensors'
-    D,_ = load_denoiser(file, device)
+    if file.is_dir(): file = next((file/n for n in ('pytorch_model_1.bin', 'model_1.safetensors') if (file/n).is_file()), file/'teacher.safetensors')
+    ours = r.bundled and file.suffix=='.safetensors'
+    D = load_denoiser(file, device)[0] if ours else to_device(load_edm(file, 'teacher' if file.stem.endswith('model_1') else None), device)
     if tuple(D.shape)!=data.shape: raise ValueError(f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has {'x'.join(map(str, data.shape))}")
     if D.model.label_dim!=data.label_dim: raise ValueError(f'{file} knows {D.model.label_dim} classes, {data.name} has {data.label_dim}')
     return D, file
 
+# %% ../nbs/26a_jobs.ipynb #93e51aa4
 def open_judge(
     r:Recipe,
     data:ImageData, # Trained on
@@ -62,6 +69,7 @@ def open_judge(
     device='cpu',
 )->Judge:
     "What samples are compared with"
+    if r.judge: return r.judge(r, data, held, device)
     for x in filter(None, (data, held)):
         if len(x)<8: raise ValueError(f'{x.name}: {len(x)} images are too few to compare with, at least 8 are needed')
     judge = Judge(extractor(r.features, device), train=data.images, **({} if held is None else dict(held=held.images)))
@@ -124,7 +132,7 @@ def _classes(data):
     "Names of the classes; numbers where an image set has none"
     return data.class_names or tuple(map(str, range(data.label_dim if data.cond is None else 0)))
 
-# %% ../nbs/26a_jobs.ipynb #bfde2da3
+# %% ../nbs/26a_jobs.ipynb #a6d3ae90
 def train_teacher_job(
     r:Recipe,
     out='runs',       # Folder of all runs
@@ -181,7 +189,23 @@ def train_teacher_job(
 # %% ../nbs/26a_jobs.ipynb #675668a9
 COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos'.split())
 
-# %% ../nbs/26a_jobs.ipynb #a31d8a0b
+# %% ../nbs/26a_jobs.ipynb #83a61aa4
+def first_networks(
+    r:Recipe,
+    T,          # Teacher
+    begin=None, # Earlier run, see `distill_job`
+): # `(generator, fake score)`
+    "What a run starts from"
+    G,fake = deepcopy(T).requires_grad_(True),(r.critic or deepcopy)(T).requires_grad_(True)
+    if begin is None: return G,fake
+    p = next((o for o in (Path(begin)/'state', Path(begin)) if (o/'state.json').is_file()), None)
+    if p is None: nets = {k: v.state_dict() for k,v in load_dmd2_edm(begin).items() if k in ('generator', 'fake_score')}
+    else: nets = load_folder(p)[0]
+    for n,net in dict(generator=G, fake=fake).items():
+        load_into(net, nets.get(n) or nets.get('fake_score') or {}, f'{p or begin} ({n})')
+    return G,fake
+
+# %% ../nbs/26a_jobs.ipynb #6218b919
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -200,6 +224,7 @@ def distill_job(
     keep_state=False, # Keep the checkpoint of a finished run
     world=World(),    # From `parallel.setup`: the process among those that share each batch
     accum:int=1,      # Pieces that each process cuts its share into
+    begin=None,       # Earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2
     **changes,        # Of the `DMD2Config`
 )->Run:
     "Distil a teacher; generator.safetensors, metrics.json and log.csv in the run's folder"
@@ -212,9 +237,10 @@ def distill_job(
     make,shared = DMD2,{}
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
     if world.many or accum>1: make,shared = ParallelDMD2,dict(world=world if world.many else World(device=device), accum=accum)
-    dmd = make.from_teacher(T, cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
+    dmd = make(T, *first_networks(r, T, begin), cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
+    if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
-    config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg))
+    config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, r.data, name, overwrite) as run:
         state = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
         save,load = (save_parallel, load_parallel) if shared else (save_state, load_state)
@@ -223,7 +249,7 @@ def distill_job(
         if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
         start,kinds = dmd.step,sheet_conds(data)
         sampler = lambda G=None: student_sampler(G or dmd.ema.net, cfg.levels)
-        watch = eval_conds(data, r.n_watch)
+        watch = (r.conds or eval_conds)(data, r.n_watch)
         def evaluate(step, sec):
             row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
             return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
@@ -241,23 +267,25 @@ def distill_job(
     if not world.main: shutil.rmtree(out); return None
     return run
 
-# %% ../nbs/26a_jobs.ipynb #a344e986
+# %% ../nbs/26a_jobs.ipynb #fee10b4e
 class _Silent(Progress):
     def __init__(self, *args): self.bar = None
     def update(self, step, comment=''): pass
 
 def _finish(r, run, T, teacher_file, dmd, data, judge, n, seconds, device, pictures, say, keep_state):
     "Write the generator, measure the file that was written, draw"
-    levels,conds = dmd.cfg.levels,eval_conds(data, n)
+    levels,conds = dmd.cfg.levels,(r.conds or eval_conds)(data, n)
     file = save_denoiser(dmd.ema.net, run/'generator.safetensors', torch.float16, levels=levels, classes=_classes(data), styles=data.style_names, data=r.data)
     _say(say, f'{file.name} written; now {n:,} samples of each for metrics.json')
     G,_ = load_denoiser(file, device)
     cache = bundled_samples(r.data)
     measured = lambda D: judge(draw(student_sampler(D, levels), data.shape, conds, device=device)) | dict(nfe=len(levels))
-    rows = dict(real=judge.floor(n), teacher=judge(teacher_samples(T, conds, teacher_file, r.sampler, cache=cache, device=device)) | dict(nfe=2*r.sampler['steps']-1),
-                start=measured(T), generator=measured(G))  # until the warm-up ends the generator is the teacher's copy
+    rows = dict(real=judge.floor(n))
+    if r.teacher_row: rows['teacher'] = judge(teacher_samples(T, conds, teacher_file, r.sampler, cache=cache, device=device)) | dict(nfe=2*r.sampler['steps']-1)
+    rows |= dict(start=measured(T), generator=measured(G))  # until the warm-up ends the generator is the teacher's copy
+    if r.best_row: rows |= best_row(read_log(run/'log.csv'), judge.columns[0], r.n_watch, len(levels))
     kinds = sheet_conds(data)
-    _call(pictures, 'curves', run/'curves.png', read_log(run/'log.csv'), 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid')
-    _call(pictures, 'pairs', run/'samples.png', *(draw(s, data.shape, kinds, seed=1, device=device) for s in (teacher_sampler(T, **r.sampler), student_sampler(G, levels))),
+    _call(pictures, 'curves', run/'curves.png', read_log(run/'log.csv'), 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid fid raw_fid')
+    if pictures: _call(pictures, 'pairs', run/'samples.png', *(draw(s, data.shape, kinds, seed=1, device=device) for s in (teacher_sampler(T, **r.sampler), student_sampler(G, levels))),
           data, kinds, r.sampler['steps'], len(levels))
     run.finish(dict(seconds=seconds, device=str(device), iterations=dmd.step, g_updates=dmd.g_updates, rows=rows), keep_state)

@@ -10,9 +10,10 @@ package = root/'dmd2_nb'
 
 # A module imports from lower floors only. A new module is entered here.
 floors = {
-    9: 'cli',
+    10: 'cli',
+    9: 'imagenet64',
     8: 'jobs coco_eval sdxl.mini sdxl.adapt',
-    7: 'evaluate imagenet64 experiments sdxl.recipe',
+    7: 'evaluate experiments sdxl.recipe',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
