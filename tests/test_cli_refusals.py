@@ -200,7 +200,7 @@ def full(line, size, capsys, *words):
     out, err = capsys.readouterr()
     assert code == 2, out+err
     assert len(err.lstrip('\r').splitlines()) == 1
-    for w in (*words, 'could not be written (File too large'): assert w in err, err
+    for w in (*words, 'could not be written (File too large)'): assert w in err, err
     for p in Path.cwd().rglob('*'): assert 'tmp' not in p.name and '.old-' not in p.name, p
 
 
