@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/14a_checkpoint.ipynb #f0b08bcd
+# %% ../nbs/14a_checkpoint.ipynb #bebb1ef6
 @contextmanager
 def naming(
     path,    # What is being written
@@ -24,9 +24,10 @@ def naming(
     from safetensors import SafetensorError
     try: yield
     except (OSError, SafetensorError) as e:
-        why = getattr(e, 'strerror', None) or str(e).rpartition('I/O error: ')[2] or type(e).__name__
+        why = getattr(e, 'strerror', None) or str(e).rpartition('I/O error: ')[2].partition(' (os')[0] or type(e).__name__
         raise OSError(f'{path} could not be written ({why}){note}') from e
 
+# %% ../nbs/14a_checkpoint.ipynb #3757d7c2
 @contextmanager
 def making(folder):
     "Make a folder and its parents; those that are new and still empty go again when something fails in between"

@@ -132,7 +132,7 @@ def _classes(data):
     "Names of the classes; numbers where an image set has none"
     return data.class_names or tuple(map(str, range(data.label_dim if data.cond is None else 0)))
 
-# %% ../nbs/26a_jobs.ipynb #a6d3ae90
+# %% ../nbs/26a_jobs.ipynb #bfde2da3
 def train_teacher_job(
     r:Recipe,
     out='runs',       # Folder of all runs
@@ -205,7 +205,7 @@ def first_networks(
         load_into(net, nets.get(n) or nets.get('fake_score') or {}, f'{p or begin} ({n})')
     return G,fake
 
-# %% ../nbs/26a_jobs.ipynb #6218b919
+# %% ../nbs/26a_jobs.ipynb #5e8c6297
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent

@@ -19,7 +19,7 @@ from .checkpoint import making, naming, write_text
 from .core import cond_map
 from .images import image_batches, stream_rows, to_float
 
-# %% ../nbs/19_runs.ipynb #3f08ee2b
+# %% ../nbs/19_runs.ipynb #5228dc19
 class Run:
     "One run's folder, held by this process"
     def __init__(self,
@@ -54,6 +54,7 @@ class Run:
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
+# %% ../nbs/19_runs.ipynb #a77b5720
 def run_config(
     folder, # A run's folder
 ): # dict, or None where there is no run
@@ -67,7 +68,7 @@ def finished(folder):
     "Whether a run has come to its end"
     return (Path(folder)/'metrics.json').is_file()
 
-# %% ../nbs/19_runs.ipynb #74892286
+# %% ../nbs/19_runs.ipynb #23349d44
 def _lock(folder):
     "A file descriptor that keeps other processes out, or None when one is in"
     with naming(folder/'.lock'): fd = os.open(folder/'.lock', os.O_CREAT | os.O_RDWR)
@@ -83,6 +84,7 @@ def _differences(a, b, path=''):
         return [d for k in sorted(a.keys() | b.keys()) for d in _differences(a.get(k), b.get(k), f'{path}.{k}' if path else k)]
     return [] if a==b else [f'{path} {a} there, {b} now']
 
+# %% ../nbs/19_runs.ipynb #8425f369
 def _claim_new(folder, config):
     "Make a folder that did not exist; nothing is left of it if that fails"
     with making(folder.parent):
@@ -93,7 +95,7 @@ def _claim_new(folder, config):
         except BaseException: shutil.rmtree(folder, ignore_errors=True); raise
     return Run(folder, False, lock)
 
-# %% ../nbs/19_runs.ipynb #14254753
+# %% ../nbs/19_runs.ipynb #8608f50c
 def claim_run(
     out,            # Folder of all runs
     config:dict,    # JSON-able: all that decides the run
@@ -121,6 +123,7 @@ def claim_run(
     if lock is None: raise ValueError(f'{folder} is being written by another process: choose another --name')
     if overwrite or there is None: os.close(lock); shutil.rmtree(folder); return _claim_new(folder, config)
     differ = _differences(there, config)
+    differ = [d for d in differ if d.startswith('job ')] or differ
     if not differ and not finished(folder): return Run(folder, True, lock)
     Run(folder, True, lock).close()
     why = f"holds a run of another config ({'; '.join(differ[:5])}{' ...' if len(differ)>5 else ''})" if differ else 'holds a finished run'
