@@ -136,7 +136,8 @@ def test_wheel_content(names):
     data = {n.removeprefix('dmd2_nb/data/') for n in names if n.startswith('dmd2_nb/data/')}
     assert {'emoji32.npz', 'fashion16_6k.npz', 'README.md'} <= data
     assert not {'emoji64.npz', 'imagenet64_layout_demo.zip'} & data
-    assert any('LICENSE' in n.upper() or 'NOTICE' in n.upper() for n in data), 'bundled images travel with their licences'
+    assert {p.relative_to(root/'data').as_posix() for p in (root/'data'/'LICENSES').iterdir()} <= data, 'bundled images travel with their licences'
+    assert any(n.endswith('/LICENSE') and '.dist-info/' in n for n in names)
     chosen = {p.relative_to(root/'data').as_posix() for g in cfg['data_files'].split() for p in (root/'data').glob(g) if p.is_file()}
     assert chosen == data
     for glob in ('weights/fashion16*', 'runs/'):
