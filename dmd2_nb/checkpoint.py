@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/14a_checkpoint.ipynb #f0b08bcd
+# %% ../nbs/14a_checkpoint.ipynb #4f01bcb7
 @contextmanager
 def naming(
     path,    # What is being written
@@ -23,7 +23,9 @@ def naming(
     "Turn a failed write into one OSError that names the file"
     from safetensors import SafetensorError
     try: yield
-    except (OSError, SafetensorError) as e: raise OSError(f'{path} could not be written ({getattr(e, "strerror", None) or e}){note}') from e
+    except (OSError, SafetensorError) as e:
+        why = getattr(e, 'strerror', None) or str(e).rpartition('I/O error: ')[2] or type(e).__name__
+        raise OSError(f'{path} could not be written ({why}){note}') from e
 
 @contextmanager
 def making(folder):

@@ -6,7 +6,7 @@
 __all__ = ['eval_conds', 'unit_noise', 'sheet_conds', 'draw', 'teacher_sampler', 'student_sampler', 'Judge', 'table', 'best_row',
            'extractor', 'save_samples', 'load_samples', 'teacher_samples', 'bundled_samples']
 
-# %% ../nbs/25b_evaluate.ipynb #0298cfea
+# %% ../nbs/25b_evaluate.ipynb #d29becb7
 import json
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .assets import data_path, sha256
+from .checkpoint import one_move
 from .core import cond_index, cond_len, cond_to, rng
 from .images import ImageData, stream_rows, to_float, to_uint8
 from .metrics import frechet, kid
@@ -163,23 +164,15 @@ def extractor(
     from dmd2_nb.features import feature_extractor
     return feature_extractor(name, device)
 
-# %% ../nbs/25b_evaluate.ipynb #142153fd
+# %% ../nbs/25b_evaluate.ipynb #7ddd45d5
 def save_samples(
     path,          # .npz, compressed
     images:Tensor, # Bytes, (n, c, h, w)
     **facts,       # JSON-able: seed, steps, sha256 of the teacher ...
 )->Path:
     "Samples and how they were made"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.tmp.npz')
-    try:
-        np.savez_compressed(tmp, images=images.numpy(), facts=np.array(json.dumps(facts)))
-        tmp.replace(path)
-    except BaseException as e:
-        tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError): raise OSError(f'{path} could not be written ({e.strerror or e})') from e
-        raise
-    return path
+    with one_move(path) as tmp: np.savez_compressed(tmp, images=images.numpy(), facts=np.array(json.dumps(facts)))
+    return Path(path)
 
 def load_samples(
     path,    # From `save_samples`

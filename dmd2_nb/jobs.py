@@ -205,7 +205,7 @@ def first_networks(
         load_into(net, nets.get(n) or nets.get('fake_score') or {}, f'{p or begin} ({n})')
     return G,fake
 
-# %% ../nbs/26a_jobs.ipynb #6218b919
+# %% ../nbs/26a_jobs.ipynb #5e8c6297
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -242,7 +242,8 @@ def distill_job(
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
     config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, r.data, name, overwrite) as run:
-        state,save,load = Path(each_rank(str(run.state.absolute()))[0]),*((save_parallel, load_parallel) if shared else (save_state, load_state))
+        state = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
+        save,load = (save_parallel, load_parallel) if shared else (save_state, load_state)
         seconds = load(dmd, state).get('seconds', 0.) if state.exists() else 0.
         _say(say, f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
         if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
