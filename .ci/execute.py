@@ -94,7 +94,15 @@ def execute(path, flags='', timeout=600):
         if size > max_bytes: return [f'{size/1e6:.2f} MB, over {max_bytes/1e6:.0f} MB: draw smaller pictures (dpi 72) or fewer']
         if tmp.read_bytes() != path.read_bytes(): os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
+    if path.stem == 'index': keep_picture(res, path.parent/'images'/'index.png')
     return []
+
+
+def keep_picture(nb, path):
+    "The last picture of the notebook as a file, for the README"
+    *_, png = [o['data']['image/png'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(base64.b64decode(png if isinstance(png, str) else ''.join(png)))
 
 
 def main():

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../nbs/14a_checkpoint.ipynb #4f01bcb7
+# %% ../nbs/14a_checkpoint.ipynb #f0b08bcd
 @contextmanager
 def naming(
     path,    # What is being written

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from .distill import DMD2Config
 
-# %% ../nbs/14b_recipes.ipynb #29372a2a
+# %% ../nbs/14b_recipes.ipynb #09c56e3c
 def gan_weight(
     dims:int, # Numbers in one sample
 )->float: # A starting point for `gan_g`
@@ -23,8 +23,8 @@ def gan_weight(
     return 3e-3*math.sqrt(3*64*64/dims)
 
 fashion16_config = DMD2Config(
-    levels=(2.5,), ttur=3, batch=64, lr_g=3e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-    gan_g=0.02, gan_d=0.03, gan_start=150, warmup_fake=100, ema_halflife=30., seed=0)
+    levels=(2.5,), ttur=3, batch=32, lr_g=1e-3, lr_fake=2e-3, lr_head=2e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
+    dm_bins=(200,700), fake_bins=(150,800), gan_bins=(100,700), gan_g=0.02, gan_d=0.03, gan_start=100, warmup_fake=60, ema_halflife=20., seed=0)
 
 emoji32_config = DMD2Config(
     levels=(80.,), ttur=5, batch=256, lr_g=5e-5, lr_fake=1e-4, lr_head=2e-4, betas_g=(0.,0.99), betas_fake=(0.,0.99),
@@ -88,13 +88,13 @@ class Recipe:
     continues:bool=False    # Whether a run begins where another stopped
     note:str=''             # Said when a run starts
 
-# %% ../nbs/14b_recipes.ipynb #e3d311c0
+# %% ../nbs/14b_recipes.ipynb #ebc4794c
 RECIPES = {r.data: r for r in (
-    Recipe(data='fashion16', config=fashion16_config, iters=900,
+    Recipe(data='fashion16', config=fashion16_config, iters=1100,
            net=dict(net='UNet', args=dict(img_resolution=16, in_channels=1, label_dim=10, channels=[16,32,64], emb=64), sigma_data=0.6),
-           teacher=dict(steps=4000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
+           teacher=dict(steps=12_000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
-           every=dict(log=10, show=150, save=150, eval=150), teacher_every=dict(log=50, show=1000, save=500, eval=0)),
+           every=dict(log=10, show=160, save=160, eval=160), teacher_every=dict(log=50, show=2000, save=500, eval=0)),
     Recipe(data='emoji32', config=emoji32_config, iters=25_000, holdout=0.1,
            net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
                                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),

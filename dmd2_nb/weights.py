@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NETS', 'denoiser_config', 'build_denoiser', 'save_denoiser', 'load_denoiser']
 
-# %% ../nbs/15a_weights.ipynb #08b1e476
+# %% ../nbs/15a_weights.ipynb #07e02817
 import json
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +37,7 @@ def build_denoiser(
     except TypeError as e: raise ValueError(f'{name} cannot be built from its config ({e})') from None
     return EDMPrecond(net, **{k: config[k] for k in ('sigma_data','sigma_min','sigma_max') if k in config})
 
-# %% ../nbs/15a_weights.ipynb #6dea15ae
+# %% ../nbs/15a_weights.ipynb #1df9035b
 def save_denoiser(
     D:EDMPrecond,   # Denoiser
     path,           # .safetensors file, written in one move

@@ -21,11 +21,8 @@ def root_(): return root
 
 # What open issues still owe, test by test. They run, and are reported as expected failures; whoever mends one takes it off
 owed = {
-    'test_sdxl_roles.py': ['test_advice_fits'],  # the advice can recommend what the plan itself predicts not to fit
     'test_packaging.py': [
-        'test_readme_keeps_step_with_index',
         'test_sample_with_bundled_weights',
-        'test_wheel_content',
     ],
     'test_structure.py': [
         'test_notebook_file[32c_sdxl.graphs.ipynb]',

@@ -1,6 +1,7 @@
 "What a user gets: the README's lines, the wheel, its data and scripts in a clean environment"
-import configparser, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
+import base64, configparser, hashlib, json, os, re, shutil, subprocess, sys, sysconfig, venv, zipfile
 from email.parser import Parser
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ def test_readme_keeps_step_with_index():
     for link in re.findall(r'\]\(([^)#\s]+)', text):
         if not re.match(r'\w+:', link): assert (root/link).exists(), f'README links to {link}'
     assert re.search(r'!\[[^\]]*\]\(', text), 'no picture'
+    code = ''.join(line for c in cells if c['cell_type'] == 'code' for line in (*c['source'], '\n')).splitlines()
+    snippet = re.findall(r'^```python\n(.*?)^```$', text, re.M | re.S)[-1]
+    assert not set(snippet.splitlines()) - set(code), 'the last Python example of the README is one that index runs'
+
+
+def test_readme_shows_the_picture_of_index():
+    "As index drew it; `.ci/execute.py nbs/index.ipynb` writes both"
+    cells = json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    *_, png = [o['data']['image/png'] for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    stored = root/'nbs'/'images'/'index.png'
+    assert stored.read_bytes() == base64.b64decode(''.join(png)) and stored.stat().st_size < 100_000
+    assert '](nbs/images/index.png)' in (root/'README.md').read_text(encoding='utf-8')
+
+
+def test_map_names_every_notebook():
+    "A new notebook is entered in the map at the end of index"
+    cells = json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    links = set(re.findall(r'\]\(([^)#\s:]+\.ipynb)', ''.join(line for c in cells if c['cell_type'] == 'markdown' for line in c['source'])))
+    there = {p.name for p in (root/'nbs').glob('*.ipynb') if not p.name.startswith('.')} - {'index.ipynb'}
+    assert links == there, f'not on the map: {sorted(there-links)}; not there: {sorted(links-there)}'
 
 
 def test_requirements_are_pinned_for_ci():
@@ -61,6 +82,19 @@ def test_requirements_are_pinned_for_ci():
     assert {'torch', 'torchvision', 'diffusers', 'einops', 'fastprogress', 'jupyterlab', 'nbdev'} <= {bare(o) for o in named}
     assert not {'diffusers', 'transformers', 'jupyterlab', 'nbdev', 'bitsandbytes'} & {bare(o) for o in cfg['requirements'].split()}
     assert 'bitsandbytes' not in {bare(o) for o in named}
+
+
+def test_bundled_files_are_listed():
+    "Each file of data/ is in data/README.md; checksums given there are right"
+    text = (root/'data'/'README.md').read_text(encoding='utf-8')
+    named = set(re.findall(r'`([^`\s]+)`', text))
+    files = [p for p in (root/'data').rglob('*') if p.is_file() and not {'cache', '__pycache__', 'LICENSES'} & set(p.parts)]
+    files = {p.relative_to(root/'data').as_posix(): p for p in files if p.name not in ('README.md', 'emoji64.npz')}
+    missing = [n for n in files if not any(fnmatch(n, o) for o in named)]
+    assert not missing, f'enter in data/README.md: {missing}'
+    sums = dict(re.findall(r'^\| `([^`]+)` .*\| `([0-9a-f]{12})` \|', text, re.M))
+    assert {n for n in files if n.endswith(('.npz', '.zip', '.safetensors'))} <= set(sums), 'no checksum'
+    for n, s in sums.items(): assert hashlib.sha256(files[n].read_bytes()).hexdigest().startswith(s), f'{n} is not what data/README.md lists'
 
 
 # The wheel
@@ -172,13 +206,13 @@ def test_scripts_say_what_they_do(clean, script):
 
 @needs_cli
 def test_sample_with_bundled_weights(clean, names):
-    "Each bundled generator draws pictures where only the wheel is installed"
-    generators = [Path(n).stem for n in names if re.fullmatch(r'dmd2_nb/data/weights/\w+_\d+step\.safetensors', n)]
-    assert generators, 'no generator is bundled'
-    for g in generators:
-        run(clean, 'dmd2_sample', g, '--n', '4', '--out', f'{g}.png')
+    "Bundled generators and teachers draw pictures where only the wheel is installed"
+    bundled = [m[1] for n in names if (m := re.fullmatch(r'dmd2_nb/data/weights/(\w+_(?:\d+step|teacher))\.safetensors', n))]
+    assert {'fashion16_1step', 'fashion16_teacher'} <= set(bundled), 'what the commands use by default is not bundled'
+    for g in bundled:
+        run(clean, 'dmd2_sample', g, '--n', '4', '--out', f'{g}.png', *(['--steps', '4'] if g.endswith('teacher') else []))
         from PIL import Image
-        with Image.open(clean[1]/f'{g}.png') as im: assert len(set(im.convert('L').getdata())) > 32, 'a picture of nothing'
+        with Image.open(clean[1]/f'{g}.png') as im: assert len(set(im.convert('L').tobytes())) > 32, 'a picture of nothing'
 
 
 @needs_cli

@@ -206,7 +206,7 @@ def test_advice_fits():
         assert 'fit with' in text
         d = {k: v for k, v in (o.split('=') for o in text.split('with ')[1].split(' (')[0].split(', '))}
         s = replace(plan.setup, **{k: eval_safe(v) for k, v in d.items()})
-        assert memory_plan(s, 0).peak < plan.peak*share*1.15
+        assert memory_plan(s, 0).peak <= plan.peak*share
 
 
 def eval_safe(v):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CudaRecorder', 'EchoRecorder', 'Pass', 'Replay', 'Graphs']
 
-# %% ../../nbs/32c_sdxl.graphs.ipynb #9fef92c7
+# %% ../../nbs/32c_sdxl.graphs.ipynb #32fee506
+from contextlib import nullcontext
 import gc, warnings
 
 import torch
@@ -40,7 +41,7 @@ class EchoRecorder:
             return out[0]
         return replay
 
-# %% ../../nbs/32c_sdxl.graphs.ipynb #6924a886
+# %% ../../nbs/32c_sdxl.graphs.ipynb #ef36ac59
 class Pass:
     "One role's forward or encode for one shape of inputs, and its backward passes"
     def __init__(self, net, kind, x, t, cond, recorder):
@@ -57,7 +58,8 @@ class Pass:
 
     def both(self, want_x, want_p):
         "Forward and backward from `self.g`; returns the gradient of the input, adds those of parameters to their buffers"
-        with torch.enable_grad():
+        kind = self.x.device.type  # compiled blocks look at the autocast state: make it alike wherever they are called
+        with torch.enable_grad(), torch.autocast(kind, torch.bfloat16, enabled=False) if kind!='meta' else nullcontext():
             x,flats = self.x.detach().requires_grad_(want_x),[p.detach().requires_grad_(want_p) for p in self.net.flats]
             if want_p:
                 for a,p in zip(flats, self.net.flats): a.grad = p.grad
@@ -107,7 +109,7 @@ def _wanted(node):
         except RuntimeError: return True  # the very leaf that `torch.autograd.grad` was asked for
     return torch._C._will_engine_execute_node(node)
 
-# %% ../../nbs/32c_sdxl.graphs.ipynb #f1841cb3
+# %% ../../nbs/32c_sdxl.graphs.ipynb #38472a13
 class Graphs:
     "Sends the passes of a base's roles through recordings; `base.runner` when switched on"
     def __init__(self,
@@ -166,7 +168,7 @@ class Graphs:
         try: p.record(before); return True
         except RuntimeError as e:
             self.failed = str(e).splitlines()[0]
-            self.passes.clear()
+            self.passes.clear(); self.bufs.clear()
             warnings.warn(f'passes are not recorded, every step will be slower: {self.failed}')
             return False
         finally:

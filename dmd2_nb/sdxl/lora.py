@@ -76,7 +76,7 @@ def lora_shapes(layer, rank): # Shapes of A and B
     if isinstance(layer, nn.Linear): return (rank, layer.in_features), (layer.out_features, rank)
     return (rank, layer.in_channels//layer.groups, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
 
-# %% ../../nbs/32a_sdxl.lora.ipynb #b48a84b3
+# %% ../../nbs/32a_sdxl.lora.ipynb #a7e63cc9
 LORA_TARGETS = ('to_q','to_k','to_v','to_out.0','proj_in','proj_out','ff.net.0.proj','ff.net.2','conv1','conv2','conv_shortcut',
                 'downsamplers.0.conv','upsamplers.0.conv','time_emb_proj')  # those of DMD2's SDXL LoRA
 BLOCKS = 'BasicTransformerBlock','ResnetBlock2D'
@@ -104,11 +104,11 @@ class AdapterBase:
     @property
     def carriers(self): return [u for u in self.units if u.layers]
     def numel(self, rank): return sum(u.numel(rank) for u in self.carriers)
-    def compile(self, **kwargs):
-        "Compile the blocks; equal ones share their code (PyTorch's regional compilation)"
+    def compile(self, kinds=BLOCKS, **kwargs):
+        "Compile the blocks of some kinds; equal ones share their code (PyTorch's regional compilation)"
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         for u in self.units:
-            if u.block: u.plain = torch.compile(u.plain, dynamic=False, **kwargs)
+            if u.block and type(u.module).__name__ in kinds: u.plain = torch.compile(u.plain, dynamic=False, **kwargs)
     def restore(self):
         "Give the U-Net its own layers back"
         for u in self.units:

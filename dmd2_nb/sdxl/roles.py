@@ -251,23 +251,22 @@ class _Rehearsal:
             else: h = m(h)
         return h.float()
 
-# %% ../../nbs/32_sdxl.roles.ipynb #ff444eed
+# %% ../../nbs/32_sdxl.roles.ipynb #a6e4484b
 def advice(
     plan:Plan,
     budget:float, # Bytes the card has for us
 )->str: # One sentence
     "What to change for a run to fit"
-    s,rest = plan.setup,sum(plan.rest.values())
-    work = max(plan.peak-rest-plan.workspace, 0)
+    s = plan.setup
     unit = 8*2**(len(s.unet['block_out_channels'])-1)
     lower = [p for p in (896, 768, 640, 512, 384, 256, 128) if p<s.px and p%unit==0]
     ladder = [dict(checkpointing=True)]*(not s.checkpointing)+[dict(ema='cpu')]*(s.ema=='gpu')+[dict(batch=1)]*(s.batch>1)+[dict(kind='shared')]*(s.kind=='full')+\
              [dict(optim='adamw8bit')]*(s.optim=='adamw')+[dict(rank=r) for r in (32, 16) if r<s.rank]+[dict(px=p) for p in lower]+[dict(gan=False)]*s.gan
-    told,now = {},s
-    for change in ladder:
+    told,now,need = {},s,plan.peak
+    for i,change in enumerate(ladder, 1):
         told,now = told|change,replace(now, **change)
-        scale = now.batch*now.px**2/(s.batch*s.px**2)*(0.15 if now.checkpointing and not s.checkpointing else 1)
-        need = sum(at_rest(now).values())+work*scale+plan.workspace
+        if sum(at_rest(now).values())>budget and i<len(ladder): continue
+        need = memory_plan(now, plan.workspace).peak
         if need<=budget: return f"It would fit with {', '.join(f'{k}={v!r}' for k,v in told.items())} (about {need/GiB:.1f} GiB)."
     return f'Even the smallest of these choices needs about {need/GiB:.1f} GiB.'
 
