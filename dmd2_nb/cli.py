@@ -49,10 +49,10 @@ def _device(name):
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device '{name}' cannot be used here ({str(e).splitlines()[0]})") from None
     return torch.device(name)
 
-# %% ../nbs/90_cli.ipynb #c6f8036c
+# %% ../nbs/90_cli.ipynb #9af89b7c
 def _run_options(p):
     "Options of everything that trains"
-    p.add_argument('recipe', nargs='?', default='fashion16', help='fashion16, emoji32 or emoji64')
+    p.add_argument('recipe', nargs='?', default='fashion16', help='fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, imagenet64-resume or imagenet64-fastgen')
     p.add_argument('--out', default='runs', help='folder of all runs')
     p.add_argument('--name', help='name of the run; by default the next free number, or the unfinished run of the same config')
     p.add_argument('--overwrite', action='store_true', help='start a named run anew')
@@ -165,7 +165,7 @@ def _report(run, file):
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
     print(f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run/file} and {run/'samples.png'}")
 
-# %% ../nbs/90_cli.ipynb #7ae7d908
+# %% ../nbs/90_cli.ipynb #b63e41c9
 @command('dmd2_distill')
 def distill_main(argv):
     "Distil a teacher"
@@ -179,18 +179,20 @@ def distill_main(argv):
     p.add_argument('--rollout', help='inputs of later steps: sim, real or mix')
     p.add_argument('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
+    p.add_argument('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
+    p.add_argument('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
     p.add_argument('--accum', type=int, default=1, help='pieces that each process cuts its share of a batch into')
     a = p.parse_args(argv)
     from dmd2_nb.jobs import distill_job
     from dmd2_nb.parallel import setup
-    from dmd2_nb.recipes import config_changes, config_levels
+    from dmd2_nb.recipes import config_changes, config_levels, with_reference
     _at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum)
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
     if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
-    r = _recipe(a)
+    r = with_reference(_recipe(a), a.reference)
     with setup(a.device, timeout=7200) as world:  # the others wait while the first process evaluates
         run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
-                          keep_state=a.keep_state, world=world, accum=a.accum, **changes)
+                          keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, **changes)
         if world.main: _report(run, 'generator.safetensors')
 
 # %% ../nbs/90_cli.ipynb #0a78d5d9

@@ -6,10 +6,9 @@
 __all__ = ['PAPER_RUNS', 'FASTGEN_ITERS', 'FASTGEN', 'NOT_CARRIED', 'RECIPES', 'imagenet64_config', 'FastGenScore', 'differences',
            'balanced_conds', 'StatsJudge', 'paper_judge', 'imagenet64_recipe', 'distill_imagenet64']
 
-# %% ../nbs/23_imagenet64.ipynb #8e3fd800
+# %% ../nbs/23_imagenet64.ipynb #58923be8
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from .evaluate import table
 from .features import Features, feature_extractor
 from .fid import Stats, as_stats, frechet_of
 from .jobs import distill_job
-from .recipes import Recipe
+from .recipes import Recipe, with_reference
 from .runs import Run
 from .teacher import edm_imagenet64_kwargs
 
@@ -125,7 +124,7 @@ def paper_judge(r, data, held=None, device='cpu', reference=None):
     "The judge of a recipe; `r.features` is a name or `Features`"
     return StatsJudge(feature_extractor(r.features, device) if isinstance(r.features, str) else r.features, data, reference)
 
-# %% ../nbs/23_imagenet64.ipynb #0357c9d8
+# %% ../nbs/23_imagenet64.ipynb #30136d18
 def imagenet64_recipe(
     run:str='scratch',  # As for `imagenet64_config`
     recipe:str='paper',
@@ -136,13 +135,14 @@ def imagenet64_recipe(
                   net=dict(net='ADMUNet', args=edm_imagenet64_kwargs(), sigma_data=0.5), classes=tuple(map(str, range(1000))), bundled=False,
                   teacher=dict(steps=2_500_000_000//4096, batch=4096, lr=1e-4, halflife=50_000_000/4096, label_dropout=0., decay=0., dtype='auto'),
                   sampler=dict(steps=40), features='inception', n_eval=50_000, n_watch=50_000, conds=balanced_conds, judge=paper_judge,
-                  critic=None if paper else FastGenScore.of, teacher_row=False, best_row=True, half_teacher=True,
+                  critic=None if paper else FastGenScore.of, teacher_row=False, best_row=True, half_teacher=True, continues=run=='resume',
+                  note='' if paper else table(differences()) + '\nas in the paper: ' + '; '.join(NOT_CARRIED),
                   every=dict(log=50, show=5000, save=500, eval=20_000), teacher_every=dict(log=50, show=5000, save=500, eval=0))
 
 RECIPES = {'imagenet64': imagenet64_recipe()} | {f'imagenet64-{n}': imagenet64_recipe(n) for n in PAPER_RUNS if n!='scratch'} | {
     'imagenet64-fastgen': imagenet64_recipe(recipe='fastgen')}
 
-# %% ../nbs/23_imagenet64.ipynb #5e8d4f4b
+# %% ../nbs/23_imagenet64.ipynb #9f8b51c9
 def distill_imagenet64(
     teacher,            # EDM's pickle, safetensors, a state dict, or a folder of DMD2
     data,               # ImageNet at 64x64: zip, LMDB, npz or folder
@@ -156,7 +156,5 @@ def distill_imagenet64(
 )->Run:
     "Distil an ImageNet-64 teacher; generator.safetensors, metrics.json and log.csv in the run's folder"
     r = imagenet64_recipe(run, recipe)
-    if run=='resume' and begin is None: raise ValueError("run 'resume' goes on from another run: say begin=FOLDER")
-    r = replace(r, judge=partial(paper_judge, reference=reference), **{f.name: changes.pop(f.name) for f in fields(Recipe) if f.name in changes and f.name not in ('iters', 'n_eval')})
-    if recipe!='paper' and say: say(table(differences()) + '\nas in the paper: ' + '; '.join(NOT_CARRIED))
+    r = replace(with_reference(r, reference), **{f.name: changes.pop(f.name) for f in fields(Recipe) if f.name in changes and f.name not in ('iters', 'n_eval')})
     return distill_job(r, teacher, out, source=data, begin=begin, say=say, **changes)

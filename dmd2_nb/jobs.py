@@ -205,7 +205,7 @@ def first_networks(
         load_into(net, nets.get(n) or nets.get('fake_score') or {}, f'{p or begin} ({n})')
     return G,fake
 
-# %% ../nbs/26a_jobs.ipynb #5e8c6297
+# %% ../nbs/26a_jobs.ipynb #177e3280
 def distill_job(
     r:Recipe,
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
@@ -232,6 +232,7 @@ def distill_job(
     data,held = open_data(r, source)
     T,file = open_teacher(r, data, teacher, device)
     judge,n_eval,iters = open_judge(r, data, held, device),n_eval or r.n_eval,r.iters if iters is None else iters
+    if r.continues and begin is None: raise ValueError(f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)")
     if iters<=cfg.warmup_fake: raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
     if (world.many or accum>1) and (graph or compile): raise ValueError('--graph and --compile are for one process and whole batches')
     make,shared = DMD2,{}
@@ -246,10 +247,11 @@ def distill_job(
         save,load = (save_parallel, load_parallel) if shared else (save_state, load_state)
         seconds = load(dmd, state).get('seconds', 0.) if state.exists() else 0.
         _say(say, f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
+        if r.note: _say(say, r.note)
         if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
         start,kinds = dmd.step,sheet_conds(data)
         sampler = lambda G=None: student_sampler(G or dmd.ema.net, cfg.levels)
-        watch = (r.conds or eval_conds)(data, r.n_watch)
+        watch = (r.conds or eval_conds)(data, min(r.n_watch, n_eval))
         def evaluate(step, sec):
             row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
             return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
@@ -267,7 +269,7 @@ def distill_job(
     if not world.main: shutil.rmtree(out); return None
     return run
 
-# %% ../nbs/26a_jobs.ipynb #fee10b4e
+# %% ../nbs/26a_jobs.ipynb #00e6249a
 class _Silent(Progress):
     def __init__(self, *args): self.bar = None
     def update(self, step, comment=''): pass
@@ -283,7 +285,7 @@ def _finish(r, run, T, teacher_file, dmd, data, judge, n, seconds, device, pictu
     rows = dict(real=judge.floor(n))
     if r.teacher_row: rows['teacher'] = judge(teacher_samples(T, conds, teacher_file, r.sampler, cache=cache, device=device)) | dict(nfe=2*r.sampler['steps']-1)
     rows |= dict(start=measured(T), generator=measured(G))  # until the warm-up ends the generator is the teacher's copy
-    if r.best_row: rows |= best_row(read_log(run/'log.csv'), judge.columns[0], r.n_watch, len(levels))
+    if r.best_row: rows |= best_row(read_log(run/'log.csv'), judge.columns[0], min(r.n_watch, n), len(levels))
     kinds = sheet_conds(data)
     _call(pictures, 'curves', run/'curves.png', read_log(run/'log.csv'), 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid fid raw_fid')
     if pictures: _call(pictures, 'pairs', run/'samples.png', *(draw(s, data.shape, kinds, seed=1, device=device) for s in (teacher_sampler(T, **r.sampler), student_sampler(G, levels))),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['fashion16_config', 'emoji32_config', 'FOUR_STEPS', 'RECIPES', 'MORE', 'gan_weight', 'config_changes', 'config_levels',
-           'Recipe', 'recipe', 'falling_rate']
+           'Recipe', 'recipe', 'with_reference', 'falling_rate']
 
-# %% ../nbs/14b_recipes.ipynb #4877466f
+# %% ../nbs/14b_recipes.ipynb #13613244
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 
 from .distill import DMD2Config
@@ -59,7 +60,7 @@ def config_levels(
     if steps==4: return FOUR_STEPS
     raise ValueError(f'--steps {steps}: 1 and 4 have levels of their own; for others give --levels')
 
-# %% ../nbs/14b_recipes.ipynb #e407ea09
+# %% ../nbs/14b_recipes.ipynb #8c801dbf
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What the commands know of a data set"
@@ -84,6 +85,8 @@ class Recipe:
     teacher_row:bool=True   # Whether the final table measures the teacher over all its steps
     best_row:bool=False     # Whether it also names the best evaluation on the way, labelled as such
     half_teacher:bool=False # Teacher in the run's half precision on a CUDA device
+    continues:bool=False    # Whether a run begins where another stopped
+    note:str=''             # Said when a run starts
 
 # %% ../nbs/14b_recipes.ipynb #ebc4794c
 RECIPES = {r.data: r for r in (
@@ -113,6 +116,16 @@ def recipe(
     known = import_module(own).RECIPES if own else RECIPES
     if name not in known: raise ValueError(f"no recipe for '{name}': there are {', '.join(known if own else (*known, *MORE))}")
     return known[name]
+
+# %% ../nbs/14b_recipes.ipynb #f119b573
+def with_reference(
+    r:Recipe,
+    path=None, # Statistics of real images; the recipe itself when absent
+)->Recipe:
+    "The recipe with statistics to compare with"
+    if path is None: return r
+    if not r.judge: raise ValueError(f"--reference {path}: '{r.data}' is compared with images, not with statistics")
+    return replace(r, judge=partial(r.judge, reference=path))
 
 # %% ../nbs/14b_recipes.ipynb #3ad8b83a
 def falling_rate(
