@@ -27,13 +27,7 @@ owed = {
         'test_wheel_content',
     ],
     'test_structure.py': [
-        'test_notebook_file[32c_sdxl.graphs.ipynb]',
-        'test_notebook_file[37a_presets.ipynb]',
         'test_notebook_file[90_cli.ipynb]',
-        'test_notebook_form[25b_evaluate.ipynb]',
-        'test_notebook_form[32b_sdxl.memory.ipynb]',
-        'test_notebook_form[32c_sdxl.graphs.ipynb]',
-        'test_notebook_form[35_sdxl.checkpoints.ipynb]',
         'test_notebook_form[90_cli.ipynb]',
     ],
 }
