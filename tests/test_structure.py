@@ -12,7 +12,7 @@ package = root/'dmd2_nb'
 floors = {
     9: 'cli',
     8: 'jobs coco_eval sdxl.mini sdxl.adapt',
-    7: 'evaluate imagenet64 experiments sdxl.recipe',
+    7: 'evaluate imagenet64 experiments sdxl.recipe sdxl.pretrain',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
