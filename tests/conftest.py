@@ -24,14 +24,6 @@ owed = {
     'test_packaging.py': [
         'test_sample_with_bundled_weights',
     ],
-    'test_structure.py': [
-        'test_notebook_file[32c_sdxl.graphs.ipynb]',
-        'test_notebook_file[37a_presets.ipynb]',
-        'test_notebook_form[25b_evaluate.ipynb]',
-        'test_notebook_form[32b_sdxl.memory.ipynb]',
-        'test_notebook_form[32c_sdxl.graphs.ipynb]',
-        'test_notebook_form[35_sdxl.checkpoints.ipynb]',
-    ],
 }
 
 def pytest_collection_modifyitems(items):
