@@ -90,7 +90,7 @@ class Recipe:
 
 # %% ../nbs/14b_recipes.ipynb #ebc4794c
 RECIPES = {r.data: r for r in (
-    Recipe(data='fashion16', config=fashion16_config, iters=1100,
+    Recipe(data='fashion16', config=fashion16_config, iters=1350,
            net=dict(net='UNet', args=dict(img_resolution=16, in_channels=1, label_dim=10, channels=[16,32,64], emb=64), sigma_data=0.6),
            teacher=dict(steps=12_000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
