@@ -205,7 +205,7 @@ def main(argv=None)->int: # Exit code
     print(f"usage: python -m dmd2_nb.cli COMMAND ...\ncommands: {', '.join(COMMANDS)}; each tells more with --help", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 
-# %% ../nbs/90_cli.ipynb #481b7cc0
+# %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample')
 def sample_main(argv):
     "Draw samples into a picture"
@@ -214,8 +214,7 @@ def sample_main(argv):
     p.add_argument('--n', type=int, default=16, help='how many')
     p.add_argument('--label', help='class, by name or number; random classes when absent')
     p.add_argument('--style', help='style, by name or number')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--steps', type=int, help='Heun steps, for a teacher')
+    p.add_argument('--seed', type=int, default=0); p.add_argument('--steps', type=int, help='Heun steps, for a teacher')
     p.add_argument('--scale', type=int, help='pixels for one pixel; by default so many that a sample is 64 wide')
     p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
     p.add_argument('--device', default='cpu')
@@ -228,8 +227,7 @@ def sample_main(argv):
     number = lambda s: int(s) if s is not None and s.isdigit() else s
     cond = model.condition(a.n, number(a.label), number(a.style), a.seed)
     images = draw(sampler, model.G.shape, a.n if cond is None else cond, a.seed, device=device)
-    if a.out.endswith('.npz'): save_samples(a.out, images, source=str(a.source), seed=a.seed)
-    else: save_sheet(images, a.out, a.scale)
+    save_samples(a.out, images, source=str(a.source), seed=a.seed) if a.out.endswith('.npz') else save_sheet(images, a.out, a.scale)
     print(f'{a.n} samples in {a.out}')
 
 # %% ../nbs/90_cli.ipynb #2dba5cee

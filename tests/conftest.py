@@ -21,9 +21,6 @@ def root_(): return root
 
 # What open issues still owe, test by test. They run, and are reported as expected failures; whoever mends one takes it off
 owed = {
-    'test_packaging.py': [
-        'test_sample_with_bundled_weights',
-    ],
 }
 
 def pytest_collection_modifyitems(items):
