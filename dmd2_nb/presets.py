@@ -67,7 +67,7 @@ PRESETS = {
                           paper=dict(fid=8.35, seconds=.09)),
 }
 
-# %% ../nbs/37a_presets.ipynb #fc238640
+# %% ../nbs/37a_presets.ipynb #957ce307
 def apply_preset(
     pipe,         # A diffusers text-to-image pipeline
     preset:Preset,
@@ -75,7 +75,8 @@ def apply_preset(
     "The preset's scheduler, on the pipeline's own noise schedule"
     import diffusers
     logging.getLogger('diffusers.schedulers.scheduling_lcm').setLevel(logging.ERROR)  # it warns of every timestep that isn't its own choice
-    pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(pipe.scheduler.config, **preset.options)
+    first = pipe.__dict__.setdefault('first_scheduler', pipe.scheduler.config)  # no preset inherits another's options
+    pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(first, **preset.options)
     if hasattr(pipe, 'tokenizer_2') and pipe.tokenizer.pad_token==pipe.tokenizer_2.pad_token:
         raise ValueError(f"both tokenizers pad with '{pipe.tokenizer.pad_token}': the second must come from subfolder tokenizer_2, which pads with '!'")
     pipe.set_progress_bar_config(disable=True)
