@@ -89,7 +89,7 @@ def mode_coverage(
     fair = torch.full_like(share, 1/len(share)) if weights is None else weights.to(share)
     return (share>=least*fair).float().mean().item()
 
-# %% ../nbs/16_metrics.ipynb #eb4405a7
+# %% ../nbs/16_metrics.ipynb #80c5a3c5
 def feature_stats(
     f:Tensor, # Features, (n, d)
 ): # Mean (d,) and covariance (d, d), float64
@@ -100,6 +100,13 @@ def feature_stats(
     c = f-m
     return m,c.T@c/(len(f)-1)
 
+def _eigh(c):
+    "Eigenvalues and vectors of a covariance; where few samples leave it so degenerate that LAPACK gives up, by its singular values"
+    try: return torch.linalg.eigh(c)
+    except torch.linalg.LinAlgError:
+        u,s,_ = torch.linalg.svd(c)
+        return s,u
+
 def frechet_distance(
     mu1:Tensor,  # Mean of the first, (d,)
     cov1:Tensor, # Covariance of the first, (d, d)
@@ -109,9 +116,9 @@ def frechet_distance(
     "Wasserstein-2 distance between two Gaussians, squared"
     mu1,cov1,mu2,cov2 = (torch.as_tensor(t).detach().to(torch.float64) for t in (mu1, cov1, mu2, cov2))
     if mu1.shape!=mu2.shape: raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features cannot be compared')
-    w,v = torch.linalg.eigh(cov1)
+    w,v = _eigh(cov1)
     root = (v*w.clamp(min=0).sqrt())@v.T
-    cross = torch.linalg.eigvalsh(root@cov2@root).clamp(min=0).sqrt().sum()
+    cross = _eigh(root@cov2@root)[0].clamp(min=0).sqrt().sum()
     return ((mu1-mu2).square().sum() + cov1.trace() + cov2.trace() - 2*cross).clamp(min=0).item()
 
 def frechet(
