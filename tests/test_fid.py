@@ -224,3 +224,12 @@ def test_lpips_layout(tmp_path):
     assert torch.allclose(d(x, y), net(x, y).flatten(), rtol=1e-5)
     torch.save({'features.0.weight': torch.zeros(3)}, tmp_path/'bad.pth')
     with pytest.raises(ValueError, match='not the weights of VGG-16'): F.lpips(tmp_path/'bad.pth')
+
+
+def test_frechet_where_eigh_gives_up(monkeypatch):
+    "LAPACK may not converge on the covariance of a few samples; singular values then give the same distance"
+    a, b = torch.randn(8, 40), torch.randn(60, 40)+1
+    want = frechet(a, b)
+    def gives_up(c): raise torch.linalg.LinAlgError('no convergence')
+    monkeypatch.setattr(torch.linalg, 'eigh', gives_up)
+    assert abs(frechet(a, b)-want) < 1e-6*want
