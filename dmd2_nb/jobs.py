@@ -144,7 +144,7 @@ def train_teacher_job(
     n_eval=None,      # Samples of the final evaluation
     graph=False,      # Replay updates as a CUDA graph
     compile=False,    # torch.compile the network
-    pictures=None,    # Functions `grid`, `curves`, by name
+    pictures=None,    # Functions `grid`, `curves`, by name; `bar` in place of the progress bar
     say=print,        # Where messages go
     stop=None,        # Stop after this many updates, unfinished, as if interrupted
     **changes,        # Of `r.teacher`: steps, batch, lr ...
@@ -174,7 +174,8 @@ def train_teacher_job(
         acts = [(r.teacher_every['save'], lambda step,sec: save_teacher_run(run.state, D, last)),
                 (r.teacher_every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
                 (r.teacher_every['eval'], lambda step,sec: judge(draw(sampler(), data.shape, eval_conds(data, r.n_watch), seed+1, device=device), fast=True))]
-        seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss kid', r.teacher_every['log'], acts, seconds, stop=stop)
+        seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss kid', r.teacher_every['log'], acts, seconds, stop=stop,
+                         bar=(pictures or {}).get('bar', Progress))
         if stop and stop<t['steps']: return run
         file = save_denoiser(last['ema'].net if last else back['ema'].net, run/'teacher.safetensors', torch.float16, data=r.data, classes=_classes(data), styles=data.style_names)
         teacher,_ = load_denoiser(file, device)
@@ -218,7 +219,7 @@ def distill_job(
     n_eval=None,      # Samples of the final evaluation
     graph=False,      # Replay updates as CUDA graphs
     compile=False,    # torch.compile the networks
-    pictures=None,    # Functions `grid`, `curves`, `pairs`, by name
+    pictures=None,    # Functions `grid`, `curves`, `pairs`, by name; `bar` in place of the progress bar
     say=print,        # Where messages go
     stop=None,        # Stop after this many iterations, unfinished, as if interrupted
     keep_state=False, # Keep the checkpoint of a finished run
@@ -264,7 +265,7 @@ def distill_job(
         logs = train(dmd, mine(cond_batches(data, cfg.batch, cfg.seed+2, start, device)), iters-start, reals)
         columns = COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in judge.columns)
         seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop,
-                         bar=Progress if world.main else _Silent)
+                         bar=(pictures or {}).get('bar', Progress) if world.main else _Silent)
         if world.main and not (stop and stop<iters): _finish(r, run, T, file, dmd, data, judge, n_eval, seconds, device, pictures, say, keep_state)
     if not world.main: shutil.rmtree(out); return None
     return run

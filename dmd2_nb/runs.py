@@ -8,7 +8,7 @@ __all__ = ['KEEP', 'Run', 'run_config', 'finished', 'claim_run', 'CsvLog', 'read
 
 # %% ../nbs/19_runs.ipynb #15a24a53
 import csv, json, math, os, shutil, sys, time
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import count
 from pathlib import Path
 
@@ -196,7 +196,7 @@ class Progress:
         every=20.,     # Seconds between two plain lines
     ):
         from fastprogress.fastprogress import IN_NOTEBOOK, progress_bar
-        self.total,self.start,self.every,self.bar = total,start,every,None
+        self.total,self.start,self.every,self.bar,self.live = total,start,every,None,bool(IN_NOTEBOOK)
         self.began = self.last = time.monotonic()
         if IN_NOTEBOOK or sys.stdout.isatty():
             self.bar = progress_bar(range(max(total-start, 1)))
@@ -217,6 +217,9 @@ class Progress:
         left = (now-self.began)/max(step-self.start, 1)*(self.total-step)
         print(f'{step}/{self.total}, {now-self.began:.0f} s, {left:.0f} s left: {comment}', flush=True)
 
+    def row(self, row:dict): pass  # for bars that show more: each row of the log
+    def close(self): pass          # and the end, however it comes
+
 # %% ../nbs/19_runs.ipynb #538e62e8
 def follow(
     logs,          # Iterator of dicts of tensors, one an iteration
@@ -230,26 +233,28 @@ def follow(
     seconds=0.,    # Training time before
     extra=None,    # Function that gives more numbers for a row
     stop=None,     # Stop here although more would be left
-    bar=Progress,  # Class of the bar
+    bar=Progress,  # Class of the bar, or a `Dashboard`'s `bar`
 )->float: # Seconds of training in all
     "Watch a training to its end"
-    csvlog,means,bar = CsvLog(run/'log.csv', ('step', 'seconds', *columns), start),Means(),bar(total, start)
-    clock = time.perf_counter()
-    for step,log in zip(range(start+1, min(total, stop or total)+1), logs):
-        means.add(log)
-        due = [f for every,f in acts if every and (step%every==0 or step==total)]
-        if step%log_every and step<total and not due: continue
-        row = means.take() | (extra() if extra else {})  # waits for the device
-        now = time.perf_counter()
-        seconds,clock = seconds+now-clock,now
-        bar.update(step, ' '.join(f'{k} {row[k]:.3g}' for k in show.split() if k in row))
-        for f in due:
-            more = f(step, seconds)
-            if isinstance(more, dict): row |= more
-        csvlog.add(dict(step=step, seconds=seconds, **row))
+    csvlog,means = CsvLog(run/'log.csv', ('step', 'seconds', *columns), start),Means()
+    with closing(bar(total, start)) as bar:
         clock = time.perf_counter()
-        bad = [k for k,v in row.items() if v!=v or abs(v)==math.inf]
-        if bad: raise ValueError(f"the run has diverged at step {step}: {', '.join(bad)} {'is' if len(bad)==1 else 'are'} not finite; try lower learning rates")
+        for step,log in zip(range(start+1, min(total, stop or total)+1), logs):
+            means.add(log)
+            due = [f for every,f in acts if every and (step%every==0 or step==total)]
+            if step%log_every and step<total and not due: continue
+            row = means.take() | (extra() if extra else {})  # waits for the device
+            now = time.perf_counter()
+            seconds,clock = seconds+now-clock,now
+            bar.update(step, ' '.join(f'{k} {row[k]:.3g}' for k in show.split() if k in row))
+            for f in due:
+                more = f(step, seconds)
+                if isinstance(more, dict): row |= more
+            csvlog.add(row := dict(step=step, seconds=seconds)|row)
+            bar.row(row)
+            clock = time.perf_counter()
+            bad = [k for k,v in row.items() if v!=v or abs(v)==math.inf]
+            if bad: raise ValueError(f"the run has diverged at step {step}: {', '.join(bad)} {'is' if len(bad)==1 else 'are'} not finite; try lower learning rates")
     return seconds
 
 # %% ../nbs/19_runs.ipynb #4686ecf6
