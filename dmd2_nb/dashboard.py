@@ -64,7 +64,7 @@ class Dashboard:
         title='DMD2',
         loggers=(),      # Anything with `add(row)`: a `CsvLog`, `TensorBoardLog`, `WandbLog`
         every=0.5,       # Seconds between two drawings at least
-        share=0.005,     # Of the time for drawing, and as much again for samples
+        share=0.003,     # Of the time for drawing, and as much again for samples and for the file
         log_every=10,    # Iterations a row of `watch`
         panels=PANELS,
         ncols=8,         # Images in a row
@@ -137,16 +137,19 @@ class Dashboard:
         spent = self.spent if self.done else sum(o.spent for o in (self.drawing, self.sampling, self.filing, self.other))
         return spent/max((self.ended or time.monotonic())-self.began, 1e-9)
 
-    def html(self)->str:
+    def html(self,
+        bar=True, # With a line that says how far it is
+    )->str:
         "All of it, to put into a page"
         gone = (self.ended or time.monotonic())-self.began
         left = gone/(self.step-self.start)*(self.total-self.step) if self.step>self.start else None
         state = ('finished' if self.step>=self.total else 'stopped') if self.done else 'running'
         head = f'<b>{html.escape(self.title)}</b> · {state} · step {self.step} of {self.total} · {clock(gone)} gone' + (f' · {clock(left)} left' if left and not self.done else '')
+        head += f'<div class="b"><i style="width:{100*self.step/max(self.total, 1):.1f}%"></i></div>'
         plots = ''.join(f'<figure>{svg_plot(p, d, self.total)}<br>{legend(d)}</figure>' for p,d in present(self.rows, self.panels))
         points = self.x is not None and self.x.ndim==2
         shown = '' if self.x is None else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
-        return (f'<style>{STYLE}</style><div class="dmd2board">{head}<div class="b"><i style="width:{100*self.step/max(self.total, 1):.1f}%"></i></div>'
+        return (f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
                 f'<div class="p">{plots}{shown}</div><div>watching took {100*self.cost:.1f} % of the time</div></div>')
 
     def page(self)->str:
@@ -170,8 +173,8 @@ class Dashboard:
             fig,f = figure(self.rows, self.x, self.reference, self.panels, self.ncols),io.BytesIO()
             fig.savefig(f, format='png'); plt.close(fig)
             self.handle.update({'image/png': base64.b64encode(f.getvalue()).decode(), 'text/plain': f'{self.title}: step {self.step} of {self.total}'}, raw=True)
-        elif self.handle is None or not self.rows: self.handle = display(HTML(self.html()), display_id=True)
-        else: self.handle.update(HTML(self.html()))
+        elif self.handle is None or not self.rows: self.handle = display(HTML(self.html(bar=False)), display_id=True)
+        else: self.handle.update(HTML(self.html(bar=False)))
 
 # %% ../nbs/40_dashboard.ipynb #02ca7546
 class TensorBoardLog:
