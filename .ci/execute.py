@@ -29,6 +29,7 @@ def tidy(outputs):
     res = []
     for o in outputs:
         data = o.get('data', {})
+        if 'application/vnd.jupyter.widget-view+json' in data: continue  # lives in its kernel alone
         if '<style>' in data.get('text/html', '') and not re.sub(r'<style>.*?</style>', '', data['text/html'], flags=re.S).strip(): continue
         if o['output_type'] == 'display_data' and 'text/html' in data and not data['text/html'].strip(): continue
         if o['output_type'] == 'stream' and res and res[-1].get('name') == o['name']: res[-1]['text'] += o['text']

@@ -18,8 +18,8 @@ floors = {
     5: 'train recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression fid presets weights sdxl.adapter sdxl.conditioning sdxl.memory',
-    2: 'panels denoiser sampling dmd gan unet features safe_pickle',
-    1: 'plot toy noise nets metrics images grids parallel parallel_cost preference blocks feature_nets',
+    2: 'panels preference denoiser sampling dmd gan unet features safe_pickle',
+    1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets',
     0: 'core assets checkpoint image_files fused launch',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
