@@ -88,8 +88,10 @@ def chromium(tmp, width=1400, height=1000):
     port = free_port()
     args = [find_chromium(), '--headless=new', f'--remote-debugging-port={port}', f'--user-data-dir={tmp}/profile', f'--window-size={width},{height}',
             '--no-first-run', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--disable-component-update', '--hide-scrollbars', '--no-sandbox', 'about:blank']
-    with process(args, Path(tmp)/'chromium.log', env=os.environ | {'HOME': str(tmp)}):
-        def tab(): return next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json', timeout=5)) if o['type'] == 'page')
+    with process(args, Path(tmp)/'chromium.log', env=os.environ | {'HOME': str(tmp)}) as p:
+        def tab():
+            if p.poll() is not None: raise RuntimeError(f'Chromium has ended:\n{(Path(tmp)/"chromium.log").read_text()[-2000:]}')
+            return next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json', timeout=5)) if o['type'] == 'page')
         page = Page(wait_for(tab, 90, f'Chromium answers (see {tmp}/chromium.log)')['webSocketDebuggerUrl'])
         page.size(width, height)
         try: yield page
@@ -100,6 +102,7 @@ def chromium(tmp, width=1400, height=1000):
 def jupyterlab(tmp, folder, **env):
     "Address of a JupyterLab on loopback that shows `folder` and keeps its own settings in `tmp`; `{}` in it takes a path"
     tmp, port, token = Path(tmp), free_port(), 'dmd2'
+    Path(folder).mkdir(parents=True, exist_ok=True)
     settings = tmp/'settings'/'@jupyterlab'
     for name, values in {'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False), 'notebook-extension/tracker': dict(windowingMode='none')}.items():
         p = settings/f'{name}.jupyterlab-settings'
@@ -109,9 +112,12 @@ def jupyterlab(tmp, folder, **env):
            'JUPYTERLAB_WORKSPACES_DIR': str(tmp/'workspaces'), 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))} | env
     args = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}',
             f'--ServerApp.root_dir={folder}', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
-    with process(args, tmp/'jupyterlab.log', env=env):
+    with process(args, tmp/'jupyterlab.log', env=env) as p:
         ask = Request(f'http://127.0.0.1:{port}/api/status', headers={'Authorization': f'token {token}'})
-        wait_for(lambda: urlopen(ask, timeout=5).status == 200, 120, f'JupyterLab answers (see {tmp}/jupyterlab.log)')
+        def answers():
+            if p.poll() is not None: raise RuntimeError(f'JupyterLab has ended:\n{(tmp/"jupyterlab.log").read_text()[-2000:]}')
+            return urlopen(ask, timeout=5).status == 200
+        wait_for(answers, 180, f'JupyterLab answers (see {tmp}/jupyterlab.log)')
         yield f'http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset'
 
 
