@@ -154,7 +154,7 @@ def run_all(page, seconds=600, look=lambda: None):
         look()
         return page.js(f'!{prompts}.some(o=>o.includes("*"))')
     wait_for(ended, seconds, 'all cells have run')
-    return page.js('[...document.querySelectorAll("[data-mime-type=\'application/vnd.jupyter.error\']")].map(o=>o.textContent)')
+    return page.js('[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback (most recent call last)"))')
 
 
 if __name__ == '__main__':

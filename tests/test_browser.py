@@ -32,9 +32,11 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture
-def page(tmp_path):
-    "A browser"
-    with chromium(tmp_path) as page: yield page
+def page(lab, tmp_path, request):
+    "A browser; the last it showed is kept as a picture"
+    with chromium(tmp_path) as page:
+        yield page
+        page.screenshot(lab[2]/f'{request.node.name}.png')
 
 
 def saved_as(page, path):
