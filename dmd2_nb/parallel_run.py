@@ -150,7 +150,7 @@ class ParallelDMD2(DMD2):
 # %% ../nbs/36a_parallel_run.ipynb #65ecc21c
 class _Pairs:
     "A rank's share of the teacher pairs that the whole batch draws"
-    def __init__(self, dmd, pairs): self.dmd,self.pairs = dmd,pairs
+    def __init__(self, dmd, pairs): self.dmd,self.pairs,self.distance = dmd,pairs,pairs.distance
     def batch(self, n, generator):
         whole,at = self.dmd._where()
         return cond_index(self.pairs.batch(n*whole, generator), slice(at*n, (at+1)*n))
