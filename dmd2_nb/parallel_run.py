@@ -57,11 +57,10 @@ class ParallelDMD2(DMD2):
         self.device,self.sigmas = w.device,check_sigmas(list(c.levels)).to(w.device)
         self.dtype = compute_dtype(c.dtype, w.device)
         nets = dict(teacher=self.teacher, G=self.G, fake=self.fake, head=self.head, ema=self.ema.net)
-        nets = {n: m for n,m in nets.items() if isinstance(m, nn.Module)}
+        nets = {n: m for n,m in nets.items() if isinstance(m, nn.Module) and (n!='ema' or m is not self.G)}
         if self.remat:
             for m in (self.G, self.fake): m.enable_gradient_checkpointing() if hasattr(m, 'enable_gradient_checkpointing') else rematerialise(*shard_units(m))
-        for n,m in nets.items():
-            if not any(p.is_meta for p in m.parameters()): all_ranks_same([p.detach().double().sum().item() for p in m.parameters()], f'a weight of {n}')
+        if w.many: _alike({f'{n}.{k}': p.detach().double().sum().item() for n,m in nets.items() for k,p in m.named_parameters() if not p.is_meta})
         mesh = w.mesh(self.shards) if w.many and self.mode=='fsdp' else None
         for n,m in nets.items():
             empty = any(p.is_meta for p in m.parameters())
@@ -146,6 +145,13 @@ class ParallelDMD2(DMD2):
         conds = each_rank([fingerprint(cond), cond_len(cond)>3 and len({fingerprint(cond_index(cond, i)) for i in range(cond_len(cond))})>1])
         self._same = self._same+1 if conds[0][1] and all(c==conds[0] for c in conds) else 0
         if self._same>2: raise RuntimeError('the conditions were the same on all ranks three times in a row: give each rank its own rows')
+
+# %% ../nbs/36a_parallel_run.ipynb #bd2052cb
+def _alike(sums):
+    "Stop all ranks if a weight of the start is not the same on all, and name it"
+    every = each_rank(sums)
+    bad = [k for k in dict.fromkeys(k for o in every for k in o) if any(o.get(k)!=every[0].get(k) for o in every)]
+    if bad: raise RuntimeError(f"weight {bad[0]} differs between ranks: " + ', '.join(f'rank {r} has the sum {o.get(bad[0])}' for r,o in enumerate(every)) + (f'; {len(bad)-1} more do' if bad[1:] else ''))
 
 # %% ../nbs/36a_parallel_run.ipynb #65ecc21c
 class _Pairs:
