@@ -12,6 +12,7 @@ from dmd2_nb.parallel import World, in_step, setup
 from dmd2_nb.parallel_run import ParallelDMD2, load_parallel, save_parallel
 from dmd2_nb.regression import TeacherPairs
 from dmd2_nb.train import train
+from dmd2_nb.unet import ADMUNet
 
 cfg = DMD2Config(levels=(10., 2.), batch=16, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, gan_g=1e-2, gan_d=1e-2, guidance=2., ema_halflife=3.,
                  clip=0.5, dtype='float64', seed=3)
@@ -19,7 +20,9 @@ cfg = DMD2Config(levels=(10., 2.), batch=16, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr
 
 def net(seed=0, kind='toy'):
     torch.manual_seed(seed)
-    D = EDMPrecond(ToyNet(width=16, depth=2, label_dim=4) if kind == 'toy' else UNet(8, 1, 4, channels=(8, 16), emb=16)).double()
+    make = dict(toy=lambda: ToyNet(width=16, depth=2, label_dim=4), unet=lambda: UNet(8, 1, 4, channels=(8, 16), emb=16),
+                adm=lambda: ADMUNet(8, 1, 1, label_dim=4, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.))
+    D = EDMPrecond(make[kind]()).double()
     for p in D.parameters(): p.data += 0.05*torch.randn_like(p)  # the last layer begins with zeros
     return D
 
@@ -83,6 +86,7 @@ def two_ranks(folder):
         mixed = replace(cfg, rollout='mix', levels=(10., 5., 2.), gan_start=1, warmup_fake=1)
         res['equal'] = dict(ddp=alike(w), fsdp=alike(w, mode='fsdp'), ddp_unet=alike(w, 4, kind='unet'), fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
                             ddp_regression=alike(w, 4, other, data=False), fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
+                            ddp_adm=alike(w, 3, kind='adm', remat=True), fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
                             ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'))
         res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
         for m in ('ddp', 'fsdp'):
@@ -107,6 +111,31 @@ def two_ranks(folder):
         dmd = make(world=w)
         dmd.step += w.rank
         res['other_step'] = fails(lambda: run(dmd, 1, w))
+    return res
+
+
+def sdxl(kinds):
+    "Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles and mode"
+    from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
+    from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
+    from dmd2_nb.sdxl.recipe import sdxl_config, sdxl_dmd2
+    from dmd2_nb.sdxl.roles import FullCopies, SharedBase
+    torch.set_default_dtype(torch.float64)
+    c, res, n = replace(sdxl_config, levels=sdxl_config.levels[:2], batch=2, ttur=2, dtype='float64', lr_warmup=0, lr_g=1e-4, lr_fake=1e-4, lr_head=1e-4), {}, 2
+    def rand(i, *size): return torch.randn(n, *size, generator=torch.Generator().manual_seed(i))
+    def cond(i): return SDXLCond(rand(i, 7, 64), rand(i+1, 32), micro_ids(n, 96).double())
+    def new(kind, make=DMD2, px=12, **kwargs):
+        D = EpsDenoiser(make_unet(TINY_SDXL, dtype=torch.float64, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), block_out_channels=(16, 32, 32)), shape=(4, px, px))  # 12: a side that the head must be fitted to
+        roles = SharedBase(D, rank=4) if kind == 'lora' else FullCopies(D)
+        if kind == 'full': roles.generator.double(), roles.fake.double()
+        return sdxl_dmd2(roles, replace(c, ema_halflife=3.*(kind == 'lora')), cond(0), make=make, **kwargs)
+    def go(dmd, w=World()):
+        at = [cond_index((rand(100*i, *dmd.shape), cond(100*i+1), cond(100*i+5)), w.rows(n//w.size)) for i in range(3)]
+        return list(train(dmd, (o[1] for o in at), 3, ((x, y) for x, _, y in at)))
+    with setup('cpu', timeout=60) as w:
+        for kind, mode in kinds:
+            ref, dmd = new(kind), new(kind, ParallelDMD2, world=w, mode=mode, check_every=1)
+            res[f'{kind} {mode}'] = [gap(go(ref), go(dmd, w)), weights_gap(ref, dmd)]
     return res
 
 
@@ -176,6 +205,26 @@ def four_ranks(folder):
         if w.main: os.rename(f'{folder}/gone', f'{folder}/four/fake/shard-00002-model-00001-of-00001.safetensors')
         res['unwritable'] = fails(lambda: save_parallel(dmd, f'{folder}/export.safetensors/x'))
     return res
+
+
+def back_at_two(folder):
+    "Four ranks' checkpoint goes on at two, with files beside it that a loader of pickles would run"
+    torch.set_default_dtype(torch.float64)
+    res = {}
+    with setup('cpu', timeout=60) as w:
+        ref = make(DMD2)
+        logs = run(ref, 6)
+        for mode in ('fsdp', 'ddp'):
+            dmd = make(world=w, mode=mode)
+            extra = load_parallel(dmd, f'{folder}/four')
+            res[mode] = [gap(logs[3:], run(dmd, 3, w, extra['position'])), weights_gap(ref, dmd)]
+    return res
+
+
+class Bomb:
+    "Its pickle leaves a file where it is loaded"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (self.path, 'w')
 
 
 def dies(how, folder):
