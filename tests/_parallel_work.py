@@ -114,28 +114,32 @@ def two_ranks(folder):
     return res
 
 
-def sdxl(kinds):
-    "Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles and mode"
+def sdxl(folder, kinds):
+    "Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles and mode; then one process goes on where the ranks stopped"
     from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
     from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
-    from dmd2_nb.sdxl.recipe import sdxl_config, sdxl_dmd2
+    from dmd2_nb.sdxl.recipe import distill_sdxl, sdxl_config, sdxl_dmd2
     from dmd2_nb.sdxl.roles import FullCopies, SharedBase
     torch.set_default_dtype(torch.float64)
     c, res, n = replace(sdxl_config, levels=sdxl_config.levels[:2], batch=2, ttur=2, dtype='float64', lr_warmup=0, lr_g=1e-4, lr_fake=1e-4, lr_head=1e-4), {}, 2
     def rand(i, *size): return torch.randn(n, *size, generator=torch.Generator().manual_seed(i))
     def cond(i): return SDXLCond(rand(i, 7, 64), rand(i+1, 32), micro_ids(n, 96).double())
-    def new(kind, make=DMD2, px=12, **kwargs):
-        D = EpsDenoiser(make_unet(TINY_SDXL, dtype=torch.float64, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), block_out_channels=(16, 32, 32)), shape=(4, px, px))  # 12: a side that the head must be fitted to
+    def new(kind, make=DMD2, **kwargs):
+        D = EpsDenoiser(make_unet(TINY_SDXL, dtype=torch.float64, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), block_out_channels=(16, 32, 32)), shape=(4, 12, 12))  # 12: a side that the head must be fitted to
         roles = SharedBase(D, rank=4) if kind == 'lora' else FullCopies(D)
         if kind == 'full': roles.generator.double(), roles.fake.double()
         return sdxl_dmd2(roles, replace(c, ema_halflife=3.*(kind == 'lora')), cond(0), make=make, **kwargs)
-    def go(dmd, w=World()):
-        at = [cond_index((rand(100*i, *dmd.shape), cond(100*i+1), cond(100*i+5)), w.rows(n//w.size)) for i in range(3)]
-        return list(train(dmd, (o[1] for o in at), 3, ((x, y) for x, _, y in at)))
+    class Shards:
+        "Latents with conditions, drawn from seed and position"
+        index = dict(kind='latents')
+        def batches(self, n, seed, start, device): return ((rand(100*i+seed, n, 4, 12, 12)[0], cond(100*i+seed+1)) for i in itertools.count(start))
+    def go(dmd, steps, *args): return list(distill_sdxl(dmd, Shards(), steps, Shards(), *args))
     with setup('cpu', timeout=60) as w:
         for kind, mode in kinds:
-            ref, dmd = new(kind), new(kind, ParallelDMD2, world=w, mode=mode, check_every=1)
-            res[f'{kind} {mode}'] = [gap(go(ref), go(dmd, w)), weights_gap(ref, dmd)]
+            ref, dmd, one = new(kind), new(kind, ParallelDMD2, world=w, mode=mode, check_every=1), new(kind)
+            logs, at = go(ref, 3), f'{folder}/{kind}'
+            res[f'{kind} {mode}'] = [gap(logs, go(dmd, 3, at, 500, save_parallel, load_parallel)), weights_gap(ref, dmd)]
+            res[f'{kind} resumed'] = [gap(go(ref, 4), go(one, 4, at, 500, lambda *o: None)), weights_gap(ref, one)]
     return res
 
 

@@ -47,9 +47,9 @@ def test_two_ranks_equal_one(two):
     for name, (logs, weights) in two[0]['equal'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
-def test_sdxl_two_ranks_equal_one():
+def test_sdxl_two_ranks_equal_one(tmp_path):
     pytest.importorskip('diffusers')
-    for name, (logs, weights) in launch(work.sdxl, 2, [['full', 'fsdp'], ['lora', 'ddp']], timeout=200)[0].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in launch(work.sdxl, 2, str(tmp_path), [['full', 'fsdp'], ['lora', 'ddp']], timeout=200)[0].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_accumulation_equals_the_big_batch(two):
