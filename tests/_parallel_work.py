@@ -92,7 +92,11 @@ def two_ranks(folder):
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
             run(dmd, 3, w)
+            torch.manual_seed(20+w.rank)
             save_parallel(dmd, f'{folder}/{m}', position=3)
+            drawn = torch.rand(()).item()
+            load_parallel(make(world=w, mode=m), f'{folder}/{m}')
+            res.setdefault('global', []).append([drawn, torch.rand(()).item()])
         res['empty'] = meta(w)
         res['low'] = low_precision(w)
         # an unequal amount of data

@@ -111,8 +111,14 @@ def test_checkpoint_is_safetensors_and_json(two, folder):
     files = [p for p in (folder/'fsdp').rglob('*') if p.is_file()]
     assert {p.suffix for p in files} == {'.safetensors', '.json'} and len(files) > 6
     parts, state = load_folder(folder/'fsdp')
-    assert state['ranks'] == 2 and set(parts) == {'generator', 'ema', 'fake', 'head', 'opt_g', 'opt_fake'}
+    assert state['ranks'] == 2 and set(parts) == {'generator', 'ema', 'fake', 'head', 'opt_g', 'opt_fake', 'ranks'}
     assert not list(folder.glob('.*'))
+
+
+def test_global_generators_of_every_rank_come_back(two):
+    for rank in two:
+        for drawn, again in rank['global']: assert drawn == again
+    assert two[0]['global'] != two[1]['global']
 
 
 def test_export_to_one_file(four, folder, double):
