@@ -1,5 +1,5 @@
 "What the processes of test_parallel.py run; each function returns JSON-able facts of its rank"
-import itertools, os, signal, time
+import functools, itertools, os, signal, time
 from dataclasses import replace
 
 import torch
@@ -65,11 +65,17 @@ def make(cls=ParallelDMD2, cfg=cfg, kind='toy', **kwargs):
     return cls.from_teacher(net(1, kind), cfg, init=net(0, kind), **kwargs)
 
 
+@functools.cache
+def alone(steps, cfg, kind, data):
+    "The run in one process: its logs and the finished run"
+    ref = make(DMD2, cfg, kind)
+    return run(ref, steps) if data else list(train(ref, None, steps)), ref
+
+
 def alike(world, steps=6, cfg=cfg, kind='toy', data=True, **kwargs):
     "How far a run over all ranks is from the same run in one process"
-    ref, dmd = make(DMD2, cfg, kind), make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs)
-    a, b = (run(ref, steps), run(dmd, steps, world)) if data else (list(train(ref, None, steps)), list(train(dmd, None, steps)))
-    return [gap(a, b), weights_gap(ref, dmd)]
+    (logs, ref), dmd = alone(steps, cfg, kind, data), make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs)
+    return [gap(logs, run(dmd, steps, world) if data else list(train(dmd, None, steps))), weights_gap(ref, dmd)]
 
 
 def fails(f):
