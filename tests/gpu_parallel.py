@@ -317,7 +317,8 @@ def part(a):
 def drive(name, a, n, end, note, folder):
     "One torchrun, its rows as they come; killed when its time is up"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = dict(os.environ, NCCL_NVLS_ENABLE='0', TORCH_SYMM_MEM_DISABLE_MULTICAST='1', PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True', TORCH_NCCL_ASYNC_ERROR_HANDLING='1')
+    env = dict(os.environ, NCCL_NVLS_ENABLE='0', TORCH_SYMM_MEM_DISABLE_MULTICAST='1', NVSHMEM_DISABLE_NVLS='1', PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
+    if Path('/sys/class/net/lo').exists(): env.setdefault('GLOO_SOCKET_IFNAME', 'lo')  # a machine without network may not know its own name
     env.setdefault('OMP_NUM_THREADS', '1' if a.tiny else str(max(1, (os.cpu_count() or 1)//n)))
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1', f'--nproc_per_node={n}', '--master_addr=127.0.0.1', f'--master_port={port}',
            __file__, 'part', name, '--until', str(end), '--folder', folder]+['--tiny']*a.tiny
