@@ -151,7 +151,8 @@ def main():
     args = ap.parse_args()
     if not CUDA and not args.tiny: ap.error('no CUDA device here: --tiny runs the same on a CPU')
     if args.tiny: args.n,args.batch,args.layer,args.rounds,args.seconds = 96,8,'64',1,600  # an early layer: 64 features, so that few pictures will do
-    warnings.filterwarnings('ignore', category=DeprecationWarning); warnings.filterwarnings('ignore', message='This DataLoader')
+    warnings.filterwarnings('ignore', category=DeprecationWarning)
+    for m in ('This DataLoader', '.*not the published file'): warnings.filterwarnings('ignore', message=m)
     rep = Report(args)
     rep.add(what='card', name=torch.cuda.get_device_name() if CUDA else 'cpu', torch=torch.__version__, torch_fidelity=torch_fidelity.__version__, layer=args.layer, cores=os.cpu_count())
     with tempfile.TemporaryDirectory() as tmp:
