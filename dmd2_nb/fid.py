@@ -74,7 +74,8 @@ def as_stats(
     features=None, # Needed for images
 )->Stats:
     "Whatever it is, as statistics; those of another extractor are refused"
-    if isinstance(o, (str, Path)) and str(o).endswith('.npz'):
+    where = f'{o}: ' if isinstance(o, (str, Path)) else ''
+    if where and str(o).endswith('.npz'):
         try:
             with zipfile.ZipFile(o) as z: is_stats = 'mu.npy' in z.namelist()
         except (OSError, zipfile.BadZipFile): is_stats = True  # `load` says what is wrong
@@ -83,7 +84,7 @@ def as_stats(
     if not isinstance(o, Stats):
         if features is None: raise ValueError('images need `features` to be compared')
         o = Stats.of(o, features)
-    if features and o.name and o.name!=features.name: raise ValueError(f"reference statistics are of '{o.name}' features, not of '{features.name}'")
+    if features and o.name and o.name!=features.name: raise ValueError(f"{where}reference statistics are of '{o.name}' features, not of '{features.name}'")
     warn_few(o.n, len(o.mu))
     return o
 
@@ -289,6 +290,8 @@ def compare_features(
     blocks:int=10,
 )->dict: # As from `compare`
     "All distances between two sets of features"
-    fd = 'fid' if name=='inception' else 'frechet'
-    (v,e),(d,s),(p,pe,r,re) = kid_features(fa, fb, blocks),frechet_jackknife(fa, fb, blocks),knn_precision_recall(fa, fb, k, blocks)
-    return {'kid': v, 'kid_se': e, fd: d, f'{fd}_se': s, 'precision': p, 'precision_se': pe, 'recall': r, 'recall_se': re, 'n': len(fa), 'n_real': len(fb), 'features': name}
+    fd,blocks = 'fid' if name=='inception' else 'frechet',min(blocks, len(fa)//2, len(fb)//2)
+    row = dict(zip(('kid', 'kid_se'), kid_features(fa, fb, blocks)))
+    if fa.shape[1]<=2048: row |= dict(zip((fd, f'{fd}_se'), frechet_jackknife(fa, fb, blocks)))  # a wider covariance takes minutes, and more images than anyone draws
+    row |= dict(zip(('precision', 'precision_se', 'recall', 'recall_se'), knn_precision_recall(fa, fb, k, blocks)))
+    return {k: v for k,v in row.items() if v==v} | {'n': len(fa), 'n_real': len(fb), 'features': name}
