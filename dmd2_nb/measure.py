@@ -157,8 +157,9 @@ def measure(
     "Everything measured alike; what an interrupted call has measured is not measured again"
     out = metrics_file(out) if out else None
     plan = [(f'{s}: {f.stem}', f) for s in sources for f in checkpoints(s)] if sweep else [(str(s), image_files(s, n) or s) for s in sources]
-    for i,(_,o) in enumerate(plan):  # what is wrong with any of them is said now
+    for i,(name,o) in enumerate(plan):  # what is wrong with any of them is said now
         if sweep: _header(o)
+        if isinstance(o, First) and len(o)<4: raise ValueError(f'{name}: {len(o)} images have no third neighbour, at least 4 are needed')
         if not isinstance(o, First) and not (sweep and i): open_model(o, 'cpu', steps)
     ref = Real.of(against, device=device, **real)
     settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)

@@ -102,9 +102,9 @@ def feature_stats(
     c = f-m
     return m,c.T@c/(len(f)-1)
 
-def _eigh(c):
+def _eigh(c, vectors=True):
     "Eigenvalues and vectors of a covariance; where few samples leave it so degenerate that LAPACK gives up, by its singular values"
-    try: return torch.linalg.eigh(c)
+    try: return torch.linalg.eigh(c) if vectors else (torch.linalg.eigvalsh(c), None)
     except torch.linalg.LinAlgError:
         u,s,_ = torch.linalg.svd(c)
         return s,u
@@ -120,7 +120,7 @@ def frechet_distance(
     if mu1.shape!=mu2.shape: raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features cannot be compared')
     w,v = _eigh(cov1)
     root = (v*w.clamp(min=0).sqrt())@v.T
-    cross = _eigh(root@cov2@root)[0].clamp(min=0).sqrt().sum()
+    cross = _eigh(root@cov2@root, False)[0].clamp(min=0).sqrt().sum()
     return ((mu1-mu2).square().sum() + cov1.trace() + cov2.trace() - 2*cross).clamp(min=0).item()
 
 def frechet(
