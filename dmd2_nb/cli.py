@@ -264,7 +264,8 @@ def evaluate_main(argv):
     except ValueError: raise ValueError(f"--seeds '{a.seeds}': expected whole numbers with commas between") from None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('default')
-        measure(a.sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, _device(a.device), features=a.features, weights=a.weights, download=a.download)
+        try: measure(a.sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, _device(a.device), features=a.features, weights=a.weights, download=a.download)
+        except FileNotFoundError as e: raise FileNotFoundError(str(e).replace('download=True', '--download').replace('give its path', 'give its path (--weights)').replace('give a local folder', 'give a local folder (--weights)')) from None
     for w in dict.fromkeys(str(o.message) for o in said if o.category is UserWarning): print(f'dmd2_evaluate: {w}', file=sys.stderr)
 
 # %% ../nbs/90_cli.ipynb #715be67e

@@ -146,8 +146,8 @@ def plus_minus(
     rows:dict, # Name -> dict of numbers, some with their standard errors as NAME_se
 )->dict: # The same with `0.12 ± 0.03` for pairs, for `table`
     "Numbers and their errors in one column"
-    number = lambda v: f'{v:.4f}' if abs(v)<100 else f'{v:.1f}'
-    cell = lambda r,k: f"{number(r[k])} ± {number(r[f'{k}_se'])}" if r.get(f'{k}_se') is not None else r[k]
+    digits = lambda v: 4 if abs(v)<10 else 2 if abs(v)<100 else 1
+    cell = lambda r,k: f"{r[k]:.{digits(r[k])}f} ± {r[f'{k}_se']:.{digits(r[k])}f}" if r.get(f'{k}_se') is not None else r[k]
     return {name: {k: cell(r, k) for k in r if not k.endswith('_se')} for name,r in rows.items()}
 
 # %% ../nbs/25b_evaluate.ipynb #96fc860b

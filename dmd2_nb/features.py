@@ -78,7 +78,8 @@ def extract(
     "Features of all images"
     fs = [features(x) for x in (progress or iter)(batches_of(images, features.batch))]
     if not fs: raise ValueError('no images to extract features from')
-    return torch.cat(fs)
+    f = torch.cat(fs)
+    return f.cpu() if f.device.type=='mps' else f  # metrics need float64, which mps lacks
 
 # %% ../nbs/24_features.ipynb #65e77bbf
 def small_classifier(

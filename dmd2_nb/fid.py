@@ -189,7 +189,7 @@ def clip_score(
     "Agreement of pictures with their prompts; neither times 100 nor cut at 0"
     fi,ft = extract(images, clip),clip.text([prefix+p for p in prompts])
     if len(fi)!=len(ft): raise ValueError(f'{len(fi)} images for {len(ft)} prompts')
-    c = F.cosine_similarity(fi.double(), ft.double())
+    c = F.cosine_similarity(fi.double(), ft.to(fi.device).double())
     return c.mean().item(), (c.std()/len(c)**.5).item() if len(c)>1 else 0.
 
 # %% ../nbs/25_fid.ipynb #7d37e6d2
@@ -230,7 +230,7 @@ def lpips_diversity(
         x = x if x.is_floating_point() else to_float(x)
         if size and x.shape[-2:]!=(size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
         x = x if rest is None else torch.cat([rest, x])
-        for g in x[:len(x)//each*each].split(each): out.append(distance(g[i], g[j]).double().mean().cpu())
+        for g in x[:len(x)//each*each].split(each): out.append(distance(g[i], g[j]).cpu().double().mean())
         rest = x[len(x)//each*each:]
     if not out or len(rest): raise ValueError(f'the number of images must be a multiple of {each}, at least {each}')
     v = torch.stack(out)

@@ -6,6 +6,7 @@
 __all__ = ['First', 'image_files', 'Pixels', 'Real', 'checkpoints', 'metrics_file', 'measure']
 
 # %% ../nbs/26b_measure.ipynb #ff16b742
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import json, re, zipfile
@@ -50,6 +51,12 @@ class Pixels(nn.Module):
     def forward(self, x): return (x/self.middle-1).flatten(1)
 
 # %% ../nbs/26b_measure.ipynb #724e55f9
+@contextmanager
+def _named(name):
+    "Errors say whose images they are about"
+    try: yield
+    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(name)) else f'{name}: {e}') from None
+
 def _is_stats(source):
     if Path(source).suffix!='.npz' or not zipfile.is_zipfile(source): return False
     with zipfile.ZipFile(source) as z: return 'mu.npy' in z.namelist()
@@ -84,7 +91,7 @@ class Real:
         name = features or (r.features if r else 'pixels' if sets else 'inception')
         more = dict(download=True) if download and name in ('inception', 'clip', 'dinov2') else {}
         see = Features(Pixels().to(device), 'pixels', next(iter(sets.values())).shape[0] if sets else 3) if name=='pixels' else feature_extractor(name, device, weights, **more)
-        return cls(see, {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see)), data, str(source))
+        with _named(source): return cls(see, {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see)), data, str(source))
 
     def row(self, images)->dict: # Numbers and their errors
         "How far images are from the real ones"
@@ -156,15 +163,16 @@ def measure(
     ref = Real.of(against, device=device, **real)
     settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)
     rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, settings) if out else {}
-    def add(name, o, seed):
-        if isinstance(o, First): rows[name] = ref.row(o)
-        else: rows[name] = _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
+    def write(rows):
         if out: write_text(out, json.dumps(dict(settings=settings, rows=rows), indent=1))
-        return rows[name]
+    def add(name, o, seed):
+        with _named(name): rows[name] = ref.row(o) if isinstance(o, First) else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
+        write(rows | {k: r for k,r in known.items() if k not in rows})
     for name,o in plan:
         for seed in seeds[:1] if isinstance(o, First) else seeds: add(name if isinstance(o, First) or len(seeds)==1 else f'{name}, seed {seed}', o, seed)
     if sweep:
         for s in sources: _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
+    write(rows)
     if say: say(f"{table(plus_minus({k: {c: v for c,v in r.items() if c!='sha256'} for k,r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)")
     return dict(settings=settings, rows=rows)
 

@@ -115,6 +115,7 @@ bad = dict(
     evaluate_empty_folder=('evaluate ../f/none --data ../f/good.npz', '../f/none: no images'),
     evaluate_few_real=('evaluate ../f/good.npz --data ../f/seven.npz', 'seven.npz: 7 images are too few'),
     evaluate_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception --weights ../f/gone.pth', 'gone.pth: no such file'),
+    evaluate_no_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception', 'weights-inception-2015-12-05-6726825d.pth (96 MB): give its path (--weights)', 'with --download'),
     evaluate_grey=('evaluate ../f/good.npz --data ../f/good.npz --features lite0', 'grey images'),
     evaluate_statistics=('evaluate ../f/good.npz --data ../f/stats.npz --features pixels', "stats.npz", "'lite0'", "'pixels'"),
     distill_keep=('distill --keep-every 0', '--keep-every must be at least 1, got 0'),

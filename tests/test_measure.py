@@ -112,6 +112,10 @@ def test_an_interrupted_sweep_keeps_what_it_has(tmp_path, monkeypatch):
     assert len(json.loads((tmp_path/'metrics.json').read_text())['rows']) == 3  # with the floor
     M.measure(['run'], 'real.npz', sweep=True, n=16, **quiet)
     assert len(calls) in (5, 6), 'the third, the winner and perhaps the last'
+    whole = json.loads((tmp_path/'metrics.json').read_text())
+    monkeypatch.setattr(M, '_model_row', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): M.measure(['run'], 'real.npz', sweep=True, n=16, **quiet)
+    assert json.loads((tmp_path/'metrics.json').read_text()) == whole, 'stopped again, nothing is lost'
 
 
 def test_the_winner_is_named_by_its_first_numbers(tmp_path, monkeypatch):
@@ -152,7 +156,7 @@ def test_sets_that_cannot_be_measured(sets, tmp_path):
     Stats.of(xb, Features(M.Pixels(), 'other')).save(tmp_path/'other.npz')
     np.savez(tmp_path/'half.npz', mu=np.zeros(48))
     (tmp_path/'notes.txt').write_text('x')
-    for call, words in (((['empty'], b), 'empty: no images'), ((['mixed'], b), r'zz.png is \(3, 6, 9\), but 000.png is \(3, 6, 6\)'), ((['grey'], b), 'grey images'),
+    for call, words in (((['empty'], b), 'empty: no images'), ((['mixed'], b), r'zz.png is \(3, 6, 9\), but 000.png is \(3, 6, 6\)'), ((['grey'], b), 'grey: pixels: .*grey images'),
                         (([a], few), 'few: 3 images are too few to compare with, at least 8'), ((['few'], eight), 'few: 3 images have no third neighbour'),
                         ((['nan.npz'], b), 'nan.npz: images must be uint8'), (([a], 'other.npz'), "other.npz: reference statistics are of 'other' features, not of 'pixels'"),
                         (([a], 'half.npz'), 'half.npz: has no sigma'), (([a], 'gone'), 'gone: neither a recipe .*nor images'), ((['notes.txt'], b), 'notes.txt'), (([a], 'notes.txt'), 'notes.txt')):
