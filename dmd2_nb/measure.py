@@ -9,6 +9,7 @@ __all__ = ['First', 'image_files', 'Pixels', 'Real', 'checkpoints', 'metrics_fil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 import json, re, zipfile
 
 import torch
@@ -24,7 +25,7 @@ from .fid import Stats, as_stats, compare_features, frechet_jackknife
 from .images import open_images
 from .jobs import open_data, open_model
 from .metrics import kid
-from .recipes import RECIPES
+from .recipes import MORE, RECIPES, recipe
 
 # %% ../nbs/26b_measure.ipynb #b8dd2f83
 class First:
@@ -190,7 +191,11 @@ def _model_row(ref, source, n, seed, steps, device, old):
     mark = sha256(file)[:12] if file.is_file() else None
     if mark and (old.get('sha256'), old.get('seed'))==(mark, seed): return old
     sampler,model = open_model(source, device, steps)
-    conds = eval_conds(ref.data, n, seed) if ref.data is not None else model.condition(n, seed=seed)
+    own = model.meta.get('data')
+    balanced = recipe(own).conds if own and own.partition('-')[0] in {**RECIPES, **MORE} else None
+    if ref.data is not None: conds = eval_conds(ref.data, n, seed)
+    elif balanced: conds = balanced(SimpleNamespace(label_dim=len(model.classes)), n)  # as its recipe is evaluated: ImageNet's classes in turn
+    else: conds = model.condition(n, seed=seed)
     x = draw(sampler, model.G.shape, n if conds is None else conds, seed, device=device)
     return ref.row(x) | dict(seed=seed) | (dict(sha256=mark) if mark else {})
 

@@ -70,10 +70,19 @@ def test_held_out_images_are_a_second_reference(monkeypatch, tmp_path):
     assert {'kid', 'kid_se', 'kid_held', 'kid_held_se'} <= set(row) and row['kid'] != row['kid_held']
 
 
-def weights(path, seed):
+def weights(path, seed, **meta):
     torch.manual_seed(seed)
     net = dict(net='UNet', args=dict(img_resolution=8, in_channels=1, label_dim=10, channels=[4], emb=8), sigma_data=0.6)
-    return save_denoiser(build_denoiser(net), path, levels=[2.], classes=[str(i) for i in range(10)])
+    return save_denoiser(build_denoiser(net), path, levels=[2.], classes=[str(i) for i in range(10)], **meta)
+
+
+def test_imagenets_classes_in_turn(tmp_path, monkeypatch):
+    "Against statistics there are no labels to copy: a model of ImageNet-64 is asked for each class equally often, another one for random classes"
+    pack(tmp_path/'real.npz', pictures(40, 5, 8, 1))
+    ref, asked, draw = M.Real.of(tmp_path/'real.npz', 'pixels'), [], M.draw
+    monkeypatch.setattr(M, 'draw', lambda sampler, shape, conds, *a, **k: asked.append(conds) or draw(sampler, shape, conds, *a, **k))
+    for data in ('imagenet64', 'fashion16', None): M._model_row(ref, weights(tmp_path/'g.safetensors', 0, **(dict(data=data) if data else {})), 25, 0, None, 'cpu', {})
+    assert asked[0].tolist() == [i % 10 for i in range(25)] and torch.equal(asked[1], asked[2]) and sorted(asked[1].tolist()) != sorted(asked[0].tolist())
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
