@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 # %% ../../nbs/32b_sdxl.memory.ipynb #bbfa69bc
 MiB,GiB = 2**20,2**30
 
+# %% ../../nbs/32b_sdxl.memory.ipynb #5f8f61d6
 class MemoryMeter(TorchDispatchMode):
     "Counts bytes of living tensors, and operations, of whatever runs inside"
     def __init__(self,
