@@ -72,7 +72,7 @@ def eight_bit(
         if dmd.device.type!='cuda': raise RuntimeError('it needs a GPU')
         opts = {n: bnb.optim.AdamW8bit(getattr(dmd, n).param_groups) for n in ('opt_g','opt_fake')}
     except Exception as e:
-        warnings.warn(f'8-bit AdamW is not available ({str(e).splitlines()[0][:80]}): averages stay in float32')
+        warnings.warn(f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): averages stay in float32')
         return False
     for n,o in opts.items(): setattr(dmd, n, o)
     return True
