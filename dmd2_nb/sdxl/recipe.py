@@ -16,6 +16,7 @@ from torch import nn, Tensor
 
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
+from ..graphs import GraphedDMD2
 from ..sampling import few_step_states
 from ..train import load_state, save_state, train
 from .adapter import few_step_timesteps, sdxl_sigmas
@@ -40,6 +41,7 @@ def sdxl_dmd2(
     head:nn.Module=None,   # GAN head to start from
     ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
     optim='adamw',         # 'adamw8bit' keeps AdamW's averages in 8 bits, with bitsandbytes
+    graph=False,           # Whole updates as CUDA graphs, for small networks in bfloat16 or float32 (`GraphedDMD2`)
 )->DMD2:
     "A run of DMD2 on a diffusers U-Net"
     roles.generator.timestep(torch.tensor(cfg.levels, dtype=torch.float64))  # levels of no timestep are refused here
@@ -50,7 +52,7 @@ def sdxl_dmd2(
         with torch.random.fork_rng(devices=[]): torch.manual_seed(cfg.seed); head = AnySideHead((unet.config.block_out_channels[-1], side, side))
     p = next(roles.generator.parameters())
     if head is not None: head = head.to(p.device, p.dtype)
-    dmd = DMD2(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema)
+    dmd = (GraphedDMD2 if graph else DMD2)(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema)
     if optim=='adamw8bit': eight_bit(dmd)
     elif optim!='adamw': raise ValueError(f"optim must be adamw or adamw8bit, got '{optim}'")
     spend_gradients(dmd)
