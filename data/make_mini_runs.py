@@ -5,28 +5,32 @@ float16 weights go to OUT as they come.
     python data/make_mini_runs.py rows --seconds 60 --seeds 0,1 --only full,no_gan,no_matching,no_backsim --out DIR   # seconds a row
     python data/make_mini_runs.py rows --seconds 60 --only one_step_399,one_step_999,shared --out DIR
     python data/make_mini_runs.py teacher --tiny --seconds 5 --out DIR && python data/make_mini_runs.py rows --tiny --seconds 3 --out DIR   # CPU
+    python data/make_mini_runs.py adapt --seconds 60 --out DIR     # after the row `shared`: three starts for a teacher fine-tuned on one style
 
 Rows need DIR/mini_teacher; --teacher names another folder. --px 64 reads emoji64.npz (data/README.md tells how it is made; DMD2_NB_DATA
 may name its folder), --px 32 the bundled set; without it 64 if it is there. A row whose mini_ROW_SEED.json is there is not run again."""
-import argparse, json, sys, time
+import argparse, json, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from PIL import Image
 
 from dmd2_nb.checkpoint import write_text
 from dmd2_nb.cli import save_sheet
-from dmd2_nb.core import rng
+from dmd2_nb.core import cond_index, rng
 from dmd2_nb.features import extract, lite0
 from dmd2_nb.images import emoji
+from dmd2_nb.plot import tile
 from dmd2_nb.recipes import config_changes, falling_rate
 from dmd2_nb.runs import CsvLog, Means
 from dmd2_nb.sampling import few_step_sample
-from dmd2_nb.sdxl.adapter import sdxl_sigmas
-from dmd2_nb.sdxl.checkpoints import export_lora, export_unet
+from dmd2_nb.sdxl.adapt import adapt, denoise_only
+from dmd2_nb.sdxl.adapter import few_step_timesteps, sdxl_sigmas
+from dmd2_nb.sdxl.checkpoints import export_lora, export_unet, load_dmd2_lora
 from dmd2_nb.sdxl.judge import PromptJudge
-from dmd2_nb.sdxl.mini import (MINI_UNET, NANO_UNET, ONE_STEP, TABLE4, MiniData, draw_mini, emoji_prompts, load_mini, mini_config, mini_sdxl, save_mini,
+from dmd2_nb.sdxl.mini import (MINI_UNET, NANO_UNET, ONE_STEP, STYLES, TABLE4, MiniData, draw_mini, emoji_prompts, load_mini, mini_config, mini_sdxl, save_mini,
                                take_average, train_mini)
 from dmd2_nb.sdxl.recipe import distill_sdxl, sdxl_dmd2
 from dmd2_nb.sdxl.roles import FullCopies, SharedBase
@@ -47,6 +51,7 @@ class Job:
             if a.px: raise
             data = emoji(32)
         self.train, self.held = data.holdout()
+        if a.what == 'adapt': return
         if a.tiny: self.train, self.held = (d.subset(torch.arange(0, len(d), k)) for d, k in ((self.train, 80), (self.held, 40)))
         sees = lite0(device=self.device, batch=256)
         self.judge = PromptJudge(lambda x: extract(x, sees), self.train, self.held)
@@ -184,19 +189,106 @@ def rows(a):
             if a.device == 'cuda': torch.cuda.empty_cache()
 
 
+class Curve:
+    "Kernel distance to the style's held-out images while a generator changes"
+    def __init__(self, job, m, i, rows, n):
+        self.job, self.m, self.rows, self.updates, self.points, self.spent = job, m, rows, 0, [], 0.
+        self.c = m.cond([job.prompts[j] for j in i.tolist()])
+        self.n = n
+    def draw(self, G):
+        out, sigmas, a = [], sdxl_sigmas(few_step_timesteps(4)).float().to(self.job.device), self.job.a
+        for i in range(0, len(self.c.text), 256):
+            c = cond_index(self.c, slice(i, i+256))
+            z = torch.randn(len(c.text), *self.m.shape, generator=rng(5, i)).to(a.device)
+            out.append(self.m.images(few_step_sample(G, z, sigmas, c, rng(6, i, device=a.device))))
+        return torch.cat(out)
+    def __call__(self, G):
+        b = time.time()
+        x = self.draw(G)
+        r = self.judge(x, self.rows, 1)
+        self.points.append(dict(updates=self.updates, **{k: r[k] for k in ('kid', 'patch_kid', 'class_right')}))
+        self.job.say(self.name, self.points[-1])
+        self.spent += time.time()-b
+        return Image.fromarray(tile(x[:16], ncols=8).numpy())
+
+
+def adaptation(a):
+    "A teacher fine-tuned until it draws one style whatever style is asked for, and three ways to a four-step generator of it"
+    job, folder = Job(a), Path(a.teacher or Path(a.out)/'mini_teacher')
+    m = load_mini(folder, a.device)
+    guidance = json.loads((folder/'state.json').read_text())['facts']['guidance']
+    s = list(job.train.style_names).index(a.style)
+    of = lambda d: d.subset((d.cond[:,len(d.class_names):].argmax(1)==s).nonzero()[:,0])
+    style, held = of(job.train), of(job.held)
+    if a.tiny: style, held = (d.subset(torch.arange(0, len(d), k)) for d, k in ((style, 40), (held, 10)))
+    sees = lite0(device=a.device, batch=256)
+    judge = PromptJudge(lambda x: extract(x, sees), style, held)
+    names = [p.split(': ', 1)[1] for p in emoji_prompts(style)]
+    job.prompts = [f'{v}: {n}' for v in STYLES.values() for n in names]
+    rows = torch.arange(len(style)).repeat(len(STYLES))
+    x = torch.stack([m.latents(i) for i in (style.images, style.images.flip(-1))])[:,rows.to(a.device)]
+    ids = m.text.tokens(job.prompts)
+    i = torch.randperm(len(rows), generator=rng(7))[:32 if a.tiny else a.n//2]
+    asked, wanted = [job.prompts[j] for j in i.tolist()], style.subset(rows[i])
+    many = lambda: judge(draw_mini(m, asked, 4 if a.tiny else 30, guidance), wanted)
+    table = {'teacher before fine-tuning, many steps': many()}
+    for o in train_mini(m, x, ids, 10 if a.tiny else a.tune, 8 if a.tiny else 256, 2e-4, warmup=50, dtype='bfloat16' if a.graph else 'float32', graph=a.graph): pass
+    take_average(m, o['ema'])
+    table['teacher, many steps'] = many()
+    job.say('teacher', {n: {k: round(r[k], 4) for k in ('kid', 'patch_kid', 'class_right')} for n, r in table.items()})
+    save_mini(m, job.out/'mini_style', style=a.style)
+    conds = m.cond(job.prompts)
+    texts, pictures = MiniData(conds), MiniData(conds, x[0])
+    lora = job.out/'mini_shared_0'/'pytorch_lora_weights.safetensors'
+    cfg = replace(mini_config, guidance=guidance, warmup_fake=2 if a.tiny else 200, **(dict(batch=8, ttur=2) if a.tiny else {}))
+    cfg = replace(cfg, **config_changes(a.set))
+    curves = {}
+    def fresh():
+        t = load_mini(job.out/'mini_style', a.device)
+        if a.graph: t.unet.to(torch.bfloat16)
+        return t.denoiser()
+    for name, init in dict(warm=lora, scratch=None, denoising=lora).items():
+        see = curves[name] = Curve(job, m, i, wanted, a.n)
+        see.judge, see.name = judge, name
+        t = time.time()
+        if name == 'denoising':
+            G = load_dmd2_lora(lora, (roles := SharedBase(fresh(), rank=4 if a.tiny else 64, checkpointing=False)).generator.net) and roles.generator
+            see(G)
+            at = time.time()
+            for see.updates, _ in enumerate(denoise_only(G, pictures, 10**7, cfg.batch, cfg.lr_g), 1):
+                if time.time()-at > a.seconds/8: see(G); at = time.time()
+                if time.time()-t-see.spent > a.seconds: break
+            see(G)
+        else:
+            with tempfile.TemporaryDirectory() as tmp:
+                for log in adapt(fresh(), init, texts, tmp, pictures, 10**7, cfg, rank=4 if a.tiny else 64, sheet=see, minutes=a.seconds/8/60, checkpointing=False, ema_device=None, save_every=10**8):
+                    see.updates += 'dmd_loss' in log
+                    if time.time()-t-see.spent > a.seconds: break
+        if a.device == 'cuda': torch.cuda.empty_cache()
+    kids = [p['kid'] for c in curves.values() for p in c.points]
+    target = (curves['warm'].points[0]['kid']+min(kids))/2
+    first = lambda c: next((p['updates'] for p in c.points if p['kid'] <= target), None)
+    table |= {f'{n}, four steps': c.points[-1] | {f'updates to kid {target:.3f}': first(c)} for n, c in curves.items()}
+    for r in table.values(): r.pop('diversity', None)
+    keep = 'kid', 'patch_kid', 'class_right', 'updates', f'updates to kid {target:.3f}'
+    job.note('adapt', table={n: {k: r[k] for k in keep if r.get(k) is not None} for n, r in table.items()}, target=target, seconds=a.seconds, batch=cfg.batch, style=a.style, device=a.card,
+             curves={n: {k: [p[k] for p in c.points] for k in ('updates', 'kid', 'patch_kid', 'class_right')} for n, c in curves.items()})
+
+
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('what', choices=['teacher', 'rows']); ap.add_argument('--out', default='.'); ap.add_argument('--teacher', help='folder of the teacher')
+    ap.add_argument('what', choices=['teacher', 'rows', 'adapt']); ap.add_argument('--out', default='.'); ap.add_argument('--teacher', help='folder of the teacher')
     ap.add_argument('--seconds', type=float, default=450, help='of training: the teacher, or each row'); ap.add_argument('--limit', type=float, default=1e9, help='seconds after which no row is begun')
     ap.add_argument('--seeds', default='0'); ap.add_argument('--only', default='', help='rows, with commas between; all when absent')
     ap.add_argument('--n', type=int, default=2000, help='pictures of an evaluation'); ap.add_argument('--px', type=int, choices=(32, 64)); ap.add_argument('--batch', type=int, default=256)
     ap.add_argument('--lr', type=float, default=1e-3, help='of the teacher'); ap.add_argument('--set', action='append', help='field=value of the rows\' config')
+    ap.add_argument('--style', default='fxemoji', help='of the fine-tuned teacher'); ap.add_argument('--tune', type=int, default=1500, help='updates of its fine-tuning')
     ap.add_argument('--tiny', action='store_true', help='a nano network and few images'); ap.add_argument('--eager', action='store_true', help='no CUDA graphs, float32')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
     a.graph, a.card = a.device == 'cuda' and not a.eager, torch.cuda.get_device_name() if a.device == 'cuda' else a.device
     if a.device == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dict(teacher=teacher, rows=rows)[a.what](a)
+    dict(teacher=teacher, rows=rows, adapt=adaptation)[a.what](a)
 
 
 if __name__ == '__main__': main()

@@ -57,6 +57,8 @@ ROWS = {
     'n_sd15':      dict(setup=replace(base, unet=SD15_UNET, px=512, batch=4, rank=32, gan=False, checkpointing=False), group='new', asked=True),
     'n_rec_768':   dict(setup=replace(rec, px=768, batch=2), plan=True, asked=True),
     'n_rec_640':   dict(setup=replace(rec, px=640, rank=32, checkpointing=False), plan=True, asked=True),
+    # what `adapt` needs at 768 px
+    'adapt_768':   dict(setup=replace(rec, px=768), cap=14.0, plan=True, asked=True),
     # three full networks, for a card of 140 GB
     'full':        dict(setup=replace(base, kind='full'), plan=True, asked=True),
 }

@@ -159,3 +159,27 @@ def test_8_bit_optimisers_take_the_same_groups(conds, monkeypatch):
 
 def test_unknown_optimiser(conds):
     with pytest.raises(ValueError, match="adamw or adamw8bit, got 'lion'"): sdxl_dmd2(SharedBase(EpsDenoiser(make_unet(SMALL), shape=(4, 16, 16)), rank=2), cfg, conds.items([0])[1], optim='lion')
+
+
+@pytest.mark.parametrize('what, says', [('v', 'predicts epsilon, the start v_prediction'), ('other', "not of the teacher's architecture"), ('sd15', 'belongs to another model'),
+                                        ('foreign', 'matches no layer of the teacher'), ('empty', 'holds no .safetensors'), ('missing', 'is missing'), ('damaged', 'is damaged')])
+def test_adapt_refuses_a_start_before_it_prepares_anything(tmp_path, conds, what, says):
+    from dmd2_nb.sdxl.adapt import adapt
+    from dmd2_nb.sdxl.adapter import VDenoiser
+    for n in ('empty', 'other'): (tmp_path/n).mkdir()
+    if what == 'v': init = VDenoiser(make_unet(SMALL))
+    elif what == 'sd15': init = export_lora(AdapterNet(AdapterBase(make_unet(TINY_SD15)), 2), tmp_path/'sd15', (999,))
+    elif what == 'other': init = export_unet(make_unet(SMALL, cross_attention_dim=32), tmp_path/'other', (999,))
+    elif what == 'foreign': init = tmp_path/'f.safetensors'; save_file({'text.proj.lora_A.weight': torch.zeros(2, 8), 'text.proj.lora_B.weight': torch.zeros(8, 2)}, init)
+    elif what == 'damaged': init = tmp_path/'d.safetensors'; init.write_bytes(b'\x08'+bytes(40))
+    else: init = tmp_path/(what if what == 'empty' else 'none.safetensors')
+    teacher = EpsDenoiser(make_unet(SMALL), shape=(4, 16, 16))
+    kinds = [type(m) for m in teacher.modules()]
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as e: next(adapt(teacher, init, conds, tmp_path/'run'))
+    assert one_line(e) and not (tmp_path/'run').exists() and kinds == [type(m) for m in teacher.modules()]
+
+
+def test_an_empty_folder_of_images(tmp_path):
+    from dmd2_nb.image_files import folder_images
+    with pytest.raises(ValueError, match=str(tmp_path)) as e: folder_images(tmp_path)
+    assert one_line(e)
