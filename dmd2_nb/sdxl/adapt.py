@@ -113,6 +113,7 @@ def plan_of(
     dtype = str(u.conv_in.weight.dtype).removeprefix('torch.')
     return memory_plan(Setup(unet=config, rank=rank, px=8*D.shape[-1], batch=cfg.batch, gan=cfg.gan, dtype=dtype, guidance=cfg.guidance!=1, recorded=recorded, **changes))
 
+# %% ../../nbs/39b_adapt.ipynb #93c4a9ff
 def adapt(
     teacher:SigmaDenoiser, # Your model, which becomes the frozen base of all three roles
     init,                  # A few-step LoRA or U-Net: file, folder, network; None starts as the teacher itself
