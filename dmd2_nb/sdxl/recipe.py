@@ -16,7 +16,6 @@ from torch import nn, Tensor
 
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
-from ..graphs import GraphedDMD2
 from ..sampling import few_step_states
 from ..train import load_state, save_state, train
 from .adapter import few_step_timesteps, sdxl_sigmas
@@ -41,12 +40,8 @@ def sdxl_dmd2(
     head:nn.Module=None,   # GAN head to start from
     ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
     optim='adamw',         # 'adamw8bit' keeps AdamW's averages in 8 bits, with bitsandbytes
-<<<<<<< HEAD
-    make=DMD2,             # Class of the run; `ParallelDMD2` on several cards
+    make=DMD2,             # Class of the run: `GraphedDMD2` for small networks in bfloat16 or float32, `ParallelDMD2` on several cards
     **kwargs,              # Its own arguments, such as `world` and `mode`
-=======
-    graph=False,           # Whole updates as CUDA graphs, for small networks in bfloat16 or float32 (`GraphedDMD2`)
->>>>>>> 14da98efff71e91a00163c18058225fa6ceee48f
 )->DMD2:
     "A run of DMD2 on a diffusers U-Net"
     roles.generator.timestep(torch.tensor(cfg.levels, dtype=torch.float64))  # levels of no timestep are refused here
@@ -56,13 +51,8 @@ def sdxl_dmd2(
     if cfg.gan and head is None and side!=head_side(side):
         with torch.random.fork_rng(devices=[]): torch.manual_seed(cfg.seed); head = AnySideHead((unet.config.block_out_channels[-1], side, side))
     p = next(roles.generator.parameters())
-<<<<<<< HEAD
     if head is not None: head = head.to('cpu' if p.is_meta else p.device, p.dtype)
     dmd = make(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema, **kwargs)
-=======
-    if head is not None: head = head.to(p.device, p.dtype)
-    dmd = (GraphedDMD2 if graph else DMD2)(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema)
->>>>>>> 14da98efff71e91a00163c18058225fa6ceee48f
     if optim=='adamw8bit': eight_bit(dmd)
     elif optim!='adamw': raise ValueError(f"optim must be adamw or adamw8bit, got '{optim}'")
     spend_gradients(dmd)
