@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 root = Path(__file__).resolve().parent.parent
 project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']
 repository = project['urls']['Repository']
+colab = repository.replace('https://github.com', 'https://colab.research.google.com/github')
 sections = {'0': 'Ground', '1': 'The method', '2': 'Images', '3': 'SDXL, many GPUs', '4': 'Practice', '9': 'Practice'}
 
 
@@ -18,7 +19,7 @@ def notebooks(): return sorted(p for p in (root/'nbs').glob('*.ipynb') if not p.
 
 def title_of(nb):
     "`# Title` and `> subtitle` of the first cell, and what else it says"
-    title, _, rest = ''.join(nb['cells'][0]['source']).partition('\n')
+    title, _, rest = re.sub(r'^\[!\[Open in Colab\].*$', '', ''.join(nb['cells'][0]['source']), flags=re.M).partition('\n')
     sub, _, more = rest.strip().partition('\n')
     return title.removeprefix('#').strip(), sub.removeprefix('>').strip(), more.strip()
 
@@ -35,7 +36,7 @@ def prepared(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     title, sub, more = title_of(nb)
     module = next((m[1] for c in nb['cells'] if c['cell_type'] == 'code' and (m := re.search(r'^#\|\s*default_exp (\S+)', ''.join(c['source']), re.M))), None)
-    links = [f'[Notebook]({repository}/blob/main/nbs/{path.name})'] + ([f'[API of `dmd2_nb.{module}`](api/{modules()[f"dmd2_nb.{module}"]}.md)'] if module else [])
+    links = [f'[Notebook]({repository}/blob/main/nbs/{path.name})', f'[Open in Colab]({colab}/blob/main/nbs/{path.name})'] + ([f'[API of `dmd2_nb.{module}`](api/{modules()[f"dmd2_nb.{module}"]}.md)'] if module else [])
     cells = [dict(cell_type='raw', id='front', metadata={}, source=f'---\ntitle: {json.dumps(title)}\ndescription: {json.dumps(sub)}\n---'),
              dict(cell_type='markdown', id='links', metadata={}, source=' · '.join(links)+(f'\n\n{more}' if more else ''))]
     for c in nb['cells'][1:]:
