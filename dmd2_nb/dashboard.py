@@ -150,7 +150,7 @@ class Dashboard:
         points = self.x is not None and self.x.ndim==2
         shown = '' if self.x is None else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
         return (f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
-                f'<div class="p">{plots}{shown}</div><div>watching took {100*self.cost:.1f} % of the time</div></div>')
+                f'<div class="p">{plots}{shown}</div>{f"watching took {100*self.cost:.1f} % of the time" if gone>20 or self.done else ""}</div>')
 
     def page(self)->str:
         "A whole HTML page, with everything in it"
