@@ -224,8 +224,9 @@ def test_notebook_file(path):
     for i, t in texts:
         hit = machine_path.search(re.sub(r'data:image/[\w+]+;base64,[\w+/=]+', '', t))
         assert not hit, f'cell {i}: machine path {t[hit.start():][:60]}'
-    if len(code) > 6: assert outs, 'no stored outputs'
-    if len(code) > 12: assert any('image/png' in o.get('data', {}) for _, o in outs), 'no picture'
+    run = [c for c in code if directives(source(c)).get('eval') != 'false']
+    if len(run) > 6: assert outs, 'no stored outputs'
+    if len(run) > 12: assert any('image/png' in o.get('data', {}) for _, o in outs), 'no picture'
 
 
 switches = {'slow': r'RUN_SLOW', 'cuda': r'cuda\.is_available|RUN_CUDA', 'sdxl': r'RUN_SDXL|cuda\.is_available'}
@@ -260,6 +261,20 @@ def test_notebook_form(path):
     assert median(len(source(c).splitlines()) for c in code) <= 8
     if exported_by(path): assert 'nbdev_export()' in source(code[-1])
     if path.stem != 'index': assert any(re.search(r'try it', source(c), re.I) for c in cells(path, 'markdown')), 'no "Try it" at the end'
+
+
+def test_every_notebook_opens_in_colab():
+    "A badge in the title cell, the package installed by the first code cell, as `.ci/colab.py` writes them"
+    r = subprocess.run([sys.executable, '.ci/colab.py', '--check'], cwd=root, capture_output=True, text=True)
+    assert not r.returncode, r.stdout+r.stderr
+
+
+@each_notebook
+def test_only_the_first_cell_knows_of_colab(path):
+    code = cells(path)
+    assert 'pip install' in source(code[0]) and directives(source(code[0])).get('eval') == 'false'
+    if path.stem == '38_sdxl_colab': return  # where the place is the lesson
+    for c in code[1:]: assert not re.search(r'/content\b|google\.colab|COLAB', source(c)), f'cell {c["id"]}'
 
 
 def test_tracked_text_names_no_machine():
