@@ -142,19 +142,19 @@ def menu(page, *items):
 
 def run_all(page, seconds=600, look=lambda: None):
     "Run All, to the end; `look()` is called while it runs. The errors that the notebook shows"
-    tries = [0.]
-    def begun():
-        if page.js(f'{prompts}.some(o=>/[*\\d]/.test(o))'): return True
-        if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Select Kernel", when asked too early
-        elif time.monotonic() > tries[-1]+15:
-            tries.append(time.monotonic())
-            menu(page, 'Run', 'Run All Cells')
-    wait_for(begun, 90, 'cells begin to run')
+    tried = [-60.]
     def ended():
         look()
-        return page.js(f'!{prompts}.some(o=>o.includes("*"))')
-    wait_for(ended, seconds, 'all cells have run')
-    return page.js('[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback (most recent call last)"))')
+        now = page.js(prompts)
+        if any('*' in o for o in now): return False
+        errors = page.js('[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback (most recent call last)"))')
+        if errors or all(any(c.isdigit() for c in o) for o in now): return [errors]
+        if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Select Kernel", when it was asked too early
+        elif time.monotonic() > tried[-1]+20:  # the first time, or what was asked for got lost while the kernel connected
+            tried.append(time.monotonic())
+            menu(page, 'Run', 'Run All Cells')
+        return False
+    return wait_for(ended, seconds, 'all cells have run')[0]
 
 
 if __name__ == '__main__':
