@@ -81,6 +81,7 @@ class Dashboard:
         self.rows = [o for o in self.rows if o['step']<=start]
         self.progress = Progress(total, start)
         self._draw()
+        self.drawing.next = self.sampling.next = 0.  # the first time imports, and sets no pace
         return self
 
     def update(self, step:int, comment:str=''):

@@ -129,6 +129,7 @@ def open_notebook(page, url):
     page.go(url)
     page.wait('!!document.querySelector(".jp-NotebookPanel .jp-CodeCell")', 180, 'the notebook is shown')
     page.wait('[...document.querySelectorAll(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator")].some(o=>o.dataset.status=="idle")', 180, 'its kernel is idle')
+    page.wait('fetch("/api/kernels").then(r=>r.json()).then(k=>k.some(o=>o.execution_state=="idle" && o.connections>0))', 180, 'its kernel is connected')
 
 
 def menu(page, *items):
@@ -141,18 +142,18 @@ def menu(page, *items):
 
 
 def run_all(page, seconds=600, look=lambda: None):
-    "Run All, to the end; `look()` is called while it runs. The errors that the notebook shows"
-    tried = [-60.]
+    "All cells in a fresh kernel, to the end; `look()` is called while it runs. The errors that the notebook shows"
+    tried = [-1e9]
     def ended():
         look()
         now = page.js(prompts)
         if any('*' in o for o in now): return False
         errors = page.js('[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback (most recent call last)"))')
         if errors or all(any(c.isdigit() for c in o) for o in now): return [errors]
-        if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Select Kernel", when it was asked too early
-        elif time.monotonic() > tried[-1]+20:  # the first time, or what was asked for got lost while the kernel connected
+        if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Restart Kernel?"
+        elif time.monotonic() > tried[-1]+60:  # the first time, or what was asked for got lost; a restart waits for the kernel
             tried.append(time.monotonic())
-            menu(page, 'Run', 'Run All Cells')
+            menu(page, 'Run', 'Restart Kernel and Run All Cells')
         return False
     return wait_for(ended, seconds, 'all cells have run')[0]
 
