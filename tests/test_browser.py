@@ -43,7 +43,7 @@ def page(lab, tmp_path, request):
 watch = """window.seen = []; window.live = 0; window.drawn = '';
 new MutationObserver(() => {
   document.querySelectorAll('.jp-OutputArea-output progress').forEach(p => { if (!seen.includes(p.value)) seen.push(p.value) });
-  const now = document.querySelector('.dmd2board polyline')?.getAttribute('points');
+  const now = document.querySelector('.dmd2board figure')?.outerHTML;
   if (now && now != window.drawn) { window.live++; window.drawn = now }
 }).observe(document.body, {subtree: true, childList: true}); 0"""
 
@@ -63,7 +63,7 @@ def test_lesson_runs_from_top_to_bottom(lab, page):
     page.js(watch)
     shot = []
     def look():
-        if not shot and page.js('!!document.querySelector(".dmd2board polyline")'):
+        if not shot and page.js('!!document.querySelector(".dmd2board figure")'):
             page.js('document.querySelector(".dmd2board").scrollIntoView({block:"center"})')
             shot.append(page.screenshot(shots/'dashboard_live.png'))
     errors = run_all(page, 600, look)
