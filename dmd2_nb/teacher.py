@@ -110,12 +110,13 @@ def save_teacher_run(
     folder, # Where to; replaced if it exists
     D,      # Network in training
     log,    # What `train_teacher` yielded last
+    **extra,# JSON-able things of the caller's, kept in `state.json`
 )->Path: # The folder
     "All that training needs to go on, in one move"
     opt,ema = log['opt'],log['ema']
     tensors,groups = optim_tensors(opt)
     return save_folder(folder, dict(net=D.state_dict(), ema=ema.net.state_dict(), opt=tensors),
-                       dict(step=log['step']+1, halflife=ema.halflife, groups=groups))
+                       dict(step=log['step']+1, halflife=ema.halflife, groups=groups, extra=extra))
 
 # %% ../nbs/22_teacher.ipynb #eaa2f8e0
 def load_teacher_run(
