@@ -63,7 +63,7 @@ def toy_job(out, seed, name, steps=2000, fast=1., watch=True):
 def looked_at(guard, logs):
     "Collects the guard's numbers without its alarms"
     for log in logs:
-        if guard.given is not None and guard.dmd.step%20==0: a, b = guard.errors(); guard.lag = a/b
+        if guard.given is not None and guard.dmd.step%10==0: a, b = guard.errors(); guard.lag = a/b
         yield log
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_HEADER', 'naming', 'making', 'one_move', 'fsync', 'write_text', 'save_folder', 'recover', 'Damaged',
            'read_tensors', 'load_folder', 'shard_index', 'read_shards', 'steps', 'newest', 'save_step', 'load_last',
-           'load_into', 'optim_tensors', 'load_optim']
+           'load_into', 'check_fit', 'optim_tensors', 'load_optim']
 
 # %% ../nbs/14a_checkpoint.ipynb #2a5a4830
 import hashlib, json, math, os, re, shutil, warnings
@@ -241,13 +241,20 @@ def load_into(
     source,        # What to call it in an error
 ):
     "Fill a network; missing, extra and misshapen entries are named"
-    mine = net.state_dict()
+    check_fit(net.state_dict(), tensors, source)
+    net.load_state_dict(tensors)
+    return net
+
+def check_fit(
+    mine:dict,    # State dict of a network, on the meta device for all it matters
+    tensors:dict, # State dict of a file
+    source,       # What to call it in an error
+):
+    "Compare names and shapes"
     few = lambda ks: ', '.join(ks[:10]) + (f' and {len(ks)-10} more' if len(ks)>10 else '')
     bad = dict(missing=[k for k in mine if k not in tensors], unexpected=[k for k in tensors if k not in mine],
                misshapen=[f'{k} {tuple(tensors[k].shape)} instead of {tuple(mine[k].shape)}' for k in mine if k in tensors and tensors[k].shape!=mine[k].shape])
     if any(bad.values()): raise ValueError(f'{source} does not fit: ' + '; '.join(f'{n}: {few(ks)}' for n,ks in bad.items() if ks))
-    net.load_state_dict(tensors)
-    return net
 
 def optim_tensors(opt): # `(tensors, groups)`
     "An optimiser's state as flat tensors and JSON-able groups"

@@ -72,7 +72,7 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(),
-        every:int=10,    # Iterations between two looks; fresh samples every second time
+        every:int=10,    # Iterations between two looks
         n:int=128,       # Fresh samples, at most a batch
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
@@ -116,7 +116,7 @@ class Guard:
         self.collect()
         new = [o for o in self.rows if o['step']>self.dmd.step-self.every]
         self.finite(new); self.brightness(new); self.discriminator(new)
-        if self.alone and self.dmd.step%(2*self.every)==0: self.critic(new)
+        if self.alone: self.critic()
 
     def finite(self, new):
         scaled = self.dmd.scaler_fake.is_enabled()
@@ -140,13 +140,13 @@ class Guard:
         if self.low>1:
             raise Alarm('discriminator', self.dmd.step, f"its loss is {d:.2g}, that of guessing {2*math.log(2):.2g} (logits {_mean(new, 'd_real'):.3g} and {_mean(new, 'd_fake'):.3g}); try a lower lr_head or gan_d")
 
-    def critic(self, new):
+    def critic(self):
         if self.given is None or not self.dmd.cfg.w_fake: return
         fresh,seen = self.errors()
         past,self.lag = [math.log(p[1]/p[2]) for p in self.probes[:-1]],fresh/max(seen, 1e-30)
         self.probes = [*self.probes, [self.dmd.step, fresh, max(seen, 1e-30)]][-20:]
         if len(past)<2: return
-        usual = max(median(past), 0.) + max(math.log(self.limits.lag), 3*stdev(past))  # few samples scatter more
+        usual = max(median(past), 0.) + max(math.log(self.limits.lag), 3*stdev(past), 2.4/len(self.given[0][:self.n])**0.5)  # few samples scatter more
         if all(math.log(f/s)>usual for _,f,s in self.probes[-2:]):
             raise Alarm('critic', self.dmd.step, f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake')
 

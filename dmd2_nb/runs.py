@@ -131,7 +131,7 @@ def claim_run(
             try: return _claim_new(folder, config)
             except FileExistsError:
                 if not folder.exists(): raise
-    if Path(name).name!=name or name in ('.', '..'): raise ValueError(f"'{name}' is not a name for a folder: choose another --name")
+    if not name or Path(name).name!=name or name in ('.', '..'): raise ValueError(f"'{name}' is not a name for a folder: choose another --name")
     folder = out/name
     if not folder.exists(): return _claim_new(folder, config)
     there = run_config(folder)
