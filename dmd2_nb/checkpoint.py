@@ -203,7 +203,9 @@ def newest(
     folder, # A checkpoint, or a folder of them
 ): # The checkpoint to begin with, or None
     "The folder itself if it is a checkpoint, else the last of its steps"
-    return next(iter([Path(folder)] if (Path(folder)/'state.json').is_file() else steps(folder)), None)
+    folder = Path(folder)
+    if not folder.exists(): recover(folder)
+    return next(iter([folder] if (folder/'state.json').is_file() else steps(folder)), None)
 
 def save_step(
     root,     # Folder of a run's checkpoints
