@@ -83,6 +83,6 @@ if __name__ == '__main__':
     (out/'good').mkdir(parents=True, exist_ok=True)
     jobs = []
     if a.toy or both: jobs += [(toy_job, out, s, f'good/toy_{s}.csv') for s in range(3)] + [(toy_job, out, 0, 'sick_toy.csv', 2000, 10., False)]
-    if a.fashion or both: jobs += [(fashion_job, out, s, f'good/fashion16_{s}.csv') for s in (1, 2, 3)]
+    if a.fashion or both: jobs += [(fashion_job, out, s, f'good/fashion16_{s}.csv') for s in (1, 2)]
     with ProcessPoolExecutor(a.workers, get_context('spawn')) as pool:
         for f in [pool.submit(*j) for j in jobs]: print(f.result(), flush=True)

@@ -65,8 +65,8 @@ def guards():
 
 if __name__ == '__main__':
     parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards)
-    was = json.loads(out.read_text()) if out.exists() else {}
     for n in sys.argv[1:] or parts:
-        was[n] = parts[n]()
-        out.write_text(json.dumps(was, indent=1)+'\n')
-        print(n, json.dumps(was[n]), flush=True)
+        res = parts[n]()
+        was = json.loads(out.read_text()) if out.exists() else {}
+        out.write_text(json.dumps(was | {n: res}, indent=1)+'\n')
+        print(n, json.dumps(res), flush=True)

@@ -6,8 +6,6 @@
 __all__ = ['trailing_timesteps', 'euler_sample', 'pair_noise', 'teacher_pairs', 'decoder', 'regression_pretrain']
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #eab47c26
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

@@ -8,7 +8,6 @@ __all__ = ['sdxl_config', 'sdxl_lora_config', 'sdxl_1step_config', 'sd15_config'
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #7826d206
 from dataclasses import replace
-from pathlib import Path
 import warnings
 
 import torch
