@@ -207,6 +207,7 @@ def newest(
     if not folder.exists(): recover(folder)
     return next(iter([folder] if (folder/'state.json').is_file() else steps(folder)), None)
 
+# %% ../nbs/14a_checkpoint.ipynb #2ef7e02a
 def save_step(
     root,     # Folder of a run's checkpoints
     step:int, # How far the run is

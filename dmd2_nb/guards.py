@@ -32,6 +32,7 @@ class Alarm(ValueError):
         super().__init__(f'{name} alarm at iteration {step}: {text}')
         self.name,self.step,self.text = name,step,text
 
+# %% ../nbs/43_guards.ipynb #59370358
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "What a healthy run stays within"
