@@ -3,7 +3,7 @@
     python tests/_survive_work.py FOLDER
 
 One process imports everything and forks each run, so that a kill costs a second and not a start of Python. It prints one line of JSON."""
-import hashlib, json, os, random, shutil, signal, subprocess, sys, time
+import contextlib, hashlib, io, json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +32,15 @@ def prepare(folder):
     save_denoiser(build_denoiser(net), folder/'teacher.safetensors', data='fashion16')
     x = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
     np.savez(folder/'good.npz', images=x, labels=np.arange(80) % 10, class_names=[f'kind {i}' for i in range(10)])
+
+
+def warm(folder):
+    "Run both commands in this process, so that no fork has to import what they need"
+    home = os.getcwd()
+    (folder/'warm').mkdir(); os.chdir(folder/'warm')
+    with contextlib.redirect_stdout(io.StringIO()): codes = [cli.main(c.format(folder).split()) for c in commands.values()]
+    os.chdir(home)
+    assert codes == [0, 0]
 
 
 def start(job, here, arm=None):
@@ -224,6 +233,7 @@ def main(folder, seed=0):
     "Everything, as JSON"
     folder, dice, out = Path(folder), random.Random(seed), {}
     prepare(folder)
+    warm(folder)
     for job in commands:
         begun = time.perf_counter()
         events, few = count(job, folder/f'{job}-unbroken'), job == 'train_teacher'
