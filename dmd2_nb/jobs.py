@@ -121,14 +121,16 @@ def train_teacher_job(
     pictures=None,    # Functions `grid`, `curves`, by name
     say=print,        # Where messages go
     stop=None,        # Stop after this many updates, unfinished, as if interrupted
+    begin=None,       # Weights of a teacher to begin with: a file or a run's folder
     **changes,        # Of `r.teacher`: steps, batch, lr ...
 )->Run:
     "Train the teacher of a recipe; teacher.safetensors, metrics.json and log.csv in the run's folder"
     device,t = torch.device(device or default_device()),r.teacher | {k: v for k,v in changes.items() if v is not None}
     data,held = open_data(r, source)
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = to_device(build_denoiser(r.net), device)
+    if begin: load_into(D, open_teacher(r, data, begin)[0].state_dict(), str(begin))
     judge,n_eval = open_judge(r, data, held, device),n_eval or r.n_eval
-    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout)
+    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, f'{r.data}-teacher', name, overwrite) as run:
         back,start,seconds = {},0,0.
         if run.state.exists():
