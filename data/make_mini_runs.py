@@ -20,7 +20,9 @@ from PIL import Image
 from dmd2_nb.checkpoint import write_text
 from dmd2_nb.cli import save_sheet
 from dmd2_nb.core import cond_index, rng
+from dmd2_nb.distill import DMD2
 from dmd2_nb.features import extract, lite0
+from dmd2_nb.graphs import GraphedDMD2
 from dmd2_nb.images import emoji
 from dmd2_nb.plot import tile
 from dmd2_nb.recipes import config_changes, falling_rate
@@ -146,7 +148,7 @@ def student(job, name, seed, folder):
     D, shared = m.denoiser(), name == 'shared'
     if shared and a.graph: m.unet.to(torch.bfloat16)
     roles = SharedBase(D, rank=4 if a.tiny else 64, checkpointing=False) if shared else FullCopies(D, checkpointing=False)
-    dmd = sdxl_dmd2(roles, cfg, job.texts.cond, ema_device=None, graph=a.graph and not shared)
+    dmd = sdxl_dmd2(roles, cfg, job.texts.cond, ema_device=None, make=GraphedDMD2 if a.graph and not shared else DMD2)
     if shared: roles.record()
     def draw(prompts):
         out = []

@@ -11,7 +11,7 @@ package = root/'dmd2_nb'
 # A module imports from lower floors only. A new module is entered here.
 floors = {
     10: 'cli',
-    9: 'imagenet64',
+    9: 'imagenet64 measure',
     8: 'jobs coco_eval sdxl.mini sdxl.adapt',
     7: 'evaluate experiments sdxl.recipe sdxl.pretrain sdxl.judge',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
