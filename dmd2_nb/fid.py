@@ -106,7 +106,7 @@ def fid(
 def frechet_jackknife(
     fa:Tensor,     # Features, (n, d)
     fb,            # Reference: features (m, d), or fixed statistics, which then have no error of their own
-    blocks:int=10,
+    blocks:int=10, # Parts that are left out in turn
 )->tuple: # (value, standard error)
     "Fréchet distance with a block jackknife"
     def moments(f):
@@ -135,7 +135,7 @@ def kid(
     "Kernel Inception distance, or kernel distance of other features"
     return kid_features(*(as_features(o, features) for o in (a, b)), blocks)
 
-def as_features(o, features=None)->Tensor:
+def as_features(o, features=None)->Tensor: # Images or features; the extractor that turns the first into the second
     "Images or features, as features"
     if isinstance(o, Tensor) and o.ndim==2: return o
     if isinstance(o, Stats): raise ValueError('this needs the features of all images; means and covariances are not enough')
@@ -207,7 +207,7 @@ def patch_fid(
     a,           # Images at full resolution, or a folder
     b,           # The reference, likewise
     features,    # `inception()`
-    size:int=299,
+    size:int=299, # Side of the patches
 )->float:
     "FID of centre patches: the fine detail that FID's resizing hides"
     return fid(patches(a, size), patches(b, size), features)
@@ -238,7 +238,7 @@ VGG_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
 
 def lpips(
     path=None,      # VGG-16 weights of torchvision; looked for in the caches when absent
-    device='cpu',
+    device='cpu',   # Where it works
     download=False, # May the file (528 MB) be fetched?
 ): # `distance(x, y) -> (b,)`
     "LPIPS with VGG-16: torchmetrics' graph and fitted weights, backbone weights from torchvision's file"
@@ -256,7 +256,7 @@ def lpips(
 # %% ../nbs/25_fid.ipynb #f57fb0e8
 def inception_score(
     logits:Tensor,  # Class logits, (n, classes): `inception(layer='logits_unbiased')`
-    splits:int=10,
+    splits:int=10,  # Parts whose scores are averaged
     seed:int=2020,  # torch-fidelity's shuffle
 )->tuple: # (mean, spread over splits)
     "exp of the mutual information between image and class"

@@ -43,7 +43,7 @@ def save_state(
 
 def load_state(
     dmd:DMD2, # Run with the same config and networks
-    folder,
+    folder,   # What `save_state` wrote
 )->dict: # `extra` as given to `save_state`
     "Go on where `save_state` stopped"
     tensors,state = load_folder(folder)
@@ -52,12 +52,12 @@ def load_state(
     for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
     return put_state(dmd, state)
 
-def run_state(dmd, groups:dict, extra:dict)->dict:
+def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its optimisers; the caller's own words
     "What a run is besides tensors, JSON-able; `groups` of each optimiser"
     return dict(format=1, config=asdict(dmd.cfg), step=dmd.step, g_updates=dmd.g_updates, warm_until=dmd.warm_until, groups=groups,
                 scalers={n: getattr(dmd, n).state_dict() for n in ('scaler_g','scaler_fake')}, extra=extra)
 
-def check_run(dmd, state:dict, folder):
+def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
     other = DMD2Config.from_dict(state['config'])
     if other==dmd.cfg: return
@@ -71,6 +71,6 @@ def put_state(dmd, state:dict)->dict: # `extra`
     for n in ('step','g_updates','warm_until'): setattr(dmd, n, state[n])
     return state['extra']
 
-def run_nets(dmd)->dict:
+def run_nets(dmd)->dict: # The run
     "The run's own networks; the teacher is not part of its state"
     return {n: m for n,m in dict(generator=dmd.G, ema=dmd.ema.net, fake=dmd.fake, head=dmd.head).items() if m is not None}
