@@ -1,7 +1,7 @@
 """Runs on emoji32 sized by time: what `dmd2_train_teacher emoji32 --graph` and `dmd2_distill emoji32 --graph` do, with as many
 updates as the seconds allow. Logs, pictures and float16 weights go to OUT.
 
-    python data/make_emoji_runs.py teacher --seconds 450 --out DIR
+    python data/make_emoji_runs.py teacher --seconds 450 --out DIR [--begin FILE.safetensors --name emoji32_teacher_2 --teacher-set lr=1e-4 ...]
     python data/make_emoji_runs.py distill --seconds 400 --teacher DIR/emoji32_teacher.safetensors --out DIR --name one
         [--set gan_g=0 ...] [--levels 80,5,1.2,0.35]"""
 import argparse, csv, json, shutil, sys, tempfile, time
@@ -32,21 +32,23 @@ def quiet(*text): print(*text, flush=True)
 
 def teacher(a):
     r,out = recipe('emoji32'),Path(a.out)
-    short = replace(r, teacher_every=dict(log=100, show=0, save=0, eval=0))
+    short = replace(r, teacher_every=dict(log=max(a.probe//4, 1), show=0, save=0, eval=0))
+    kw = dict(device=a.device, graph=a.graph, begin=a.begin) | {k: float(v) for k,v in (o.split('=') for o in a.teacher_set or ())}
     t = time.time()
-    sec = per_step(lambda tmp,n: train_teacher_job(short, tmp, 'probe', device=a.device, graph=a.graph, n_eval=8, stop=n, say=None), a.probe)
+    sec = per_step(lambda tmp,n: train_teacher_job(short, tmp, 'probe', n_eval=8, stop=n, say=None, **kw), a.probe)
     steps = max(int((a.seconds-(time.time()-t)-a.reserve)/sec), 20)
     print(f'{sec*1e3:.2f} ms an update of {r.teacher["batch"]}, {r.teacher["batch"]/sec:.0f} images/s; {steps} updates', flush=True)
-    every = dict(log=max(steps//200, 1), show=0, save=0, eval=max(steps//9, 1))
-    run = train_teacher_job(replace(r, teacher_every=every), tempfile.mkdtemp(), 'emoji32-teacher', device=a.device, graph=a.graph, n_eval=a.n, pictures=PICTURES, say=quiet, steps=steps)
+    every = dict(log=max(steps//200, 1), show=0, save=0, eval=max(steps//a.evals, 1))
+    run = train_teacher_job(replace(r, teacher_every=every, n_watch=a.watch), tempfile.mkdtemp(), 'emoji32-teacher', n_eval=a.n, pictures=PICTURES, say=quiet, steps=steps, **kw)
     print([(int(o['step']), round(o['kid'], 4), round(o['kid_held'], 4)) for o in read_log(run/'log.csv') if 'kid' in o], flush=True)
-    keep(run, out, 'emoji32_teacher', 'teacher.safetensors')
-    samplers(a, r, out)
+    print(json.loads((run/'metrics.json').read_text())['rows']['teacher'], flush=True)
+    keep(run, out, a.name or 'emoji32_teacher', 'teacher.safetensors')
+    if not a.no_samplers: samplers(a, r, out)
 
 def samplers(a, r, out):
     "Which steps suit the teacher best; on a seed of its own"
     data,held = open_data(r)
-    T,_ = open_teacher(r, data, out/'emoji32_teacher.safetensors', a.device)
+    T,_ = open_teacher(r, data, out/f'{a.name or "emoji32_teacher"}.safetensors', a.device)
     judge,rows = open_judge(r, data, held, a.device),[]
     for steps,churn in ((4,0.), (6,0.), (9,0.), (12,0.), (18,0.), (32,0.), (18,10.), (32,20.), (32,40.)):
         kw = dict(S_churn=churn, S_min=0.05, S_max=50., S_noise=1.003) if churn else {}
@@ -75,7 +77,10 @@ def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     ap.add_argument('what', choices=['teacher', 'distill', 'samplers']); ap.add_argument('--seconds', type=float, default=450); ap.add_argument('--out', default='.')
     ap.add_argument('--reserve', type=float, default=60., help='seconds kept for evaluation'); ap.add_argument('--n', type=int, default=10_000, help='samples of the final evaluation')
-    ap.add_argument('--probe', type=int, default=400, help='updates of the short run'); ap.add_argument('--teacher'); ap.add_argument('--name', default='one')
+    ap.add_argument('--probe', type=int, default=400, help='updates of the short run'); ap.add_argument('--teacher'); ap.add_argument('--name')
+    ap.add_argument('--begin', help='weights that the training of the teacher goes on from'); ap.add_argument('--teacher-set', action='append', help='lr, decay ... of the teacher')
+    ap.add_argument('--evals', type=int, default=9, help='evaluations on the way'); ap.add_argument('--watch', type=int, default=2000, help='samples of each')
+    ap.add_argument('--no-samplers', action='store_true')
     ap.add_argument('--set', action='append'); ap.add_argument('--levels'); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
     a.graph = a.device=='cuda'

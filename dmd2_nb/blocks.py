@@ -109,6 +109,7 @@ class Fourier(nn.Module):
 # %% ../nbs/21_blocks.ipynb #611e7f26
 class Block(nn.Module):
     "Residual block with optional resampling and self-attention"
+    whole = True # Reads its layers' weights itself, so that sharding must not take it apart
     def __init__(self,
         cin, cout, emb, # Channels in and out, size of the embedding
         heads=0,        # Attention heads, 0 for no attention

@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'PICTURES', 'command', 'save_figure', 'draw_grid', 'draw_
            'distill_main', 'main', 'sample_main', 'save_sheet', 'evaluate_main', 'prepare_main']
 
 # %% ../nbs/90_cli.ipynb #f704649b
-import argparse, json, os, re, sys
+import argparse, json, os, re, sys, warnings
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -71,7 +71,7 @@ def _run_options(p):
 def _recipe(a):
     "The recipe with what was asked for"
     from dmd2_nb.recipes import recipe
-    r,given = recipe(a.recipe),{k: v for k,v in dict(save=a.save_every, eval=a.eval_every).items() if v is not None}
+    r,given = recipe(a.recipe),{k: v for k,v in dict(save=a.save_every, eval=a.eval_every, keep=getattr(a, 'keep_every', None)).items() if v is not None}
     _at_least(1, batch=a.batch, save_every=a.save_every)
     _at_least(0, eval_every=a.eval_every); _at_least(4, eval_n=a.eval_n)
     if a.device: _device(a.device)
@@ -178,6 +178,7 @@ def distill_main(argv): # Words of the command line
     p.add_argument('--ttur', type=int, help='iterations per update of the generator')
     p.add_argument('--rollout', help='inputs of later steps: sim, real or mix')
     p.add_argument('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
+    p.add_argument('--keep-every', type=int, help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep')
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
     p.add_argument('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
     p.add_argument('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
@@ -186,7 +187,7 @@ def distill_main(argv): # Words of the command line
     from dmd2_nb.jobs import distill_job
     from dmd2_nb.parallel import setup
     from dmd2_nb.recipes import config_changes, config_levels, with_reference
-    _at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum)
+    _at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum, keep_every=a.keep_every)
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
     if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
     r = with_reference(_recipe(a), a.reference)
@@ -244,35 +245,28 @@ def save_sheet(images, path, scale=None): # Bytes; file to write; pixels a pixel
 @command('dmd2_evaluate')
 def evaluate_main(argv): # Words of the command line
     "Measure generators, teachers or image sets against real images"
-    p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance of samples to real images, beside the floor')
+    p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor')
     p.add_argument('sources', nargs='+', help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images')
-    p.add_argument('--data', default='fashion16', help='what to compare with: a recipe, or images (.npz, .zip, folder)')
-    p.add_argument('--features', help="feature extractor; by default the recipe's")
+    p.add_argument('--data', default='fashion16', help="what to compare with: a recipe, images (.npz, .zip, folder), or statistics such as EDM's .npz")
+    p.add_argument('--sweep', action='store_true', help='sources are folders with checkpoints; the best one and the last are measured again with a fresh seed')
+    p.add_argument('--features', help="feature extractor: small_classifier, lite0, inception, clip, dinov2, pixels; by default the recipe's")
+    p.add_argument('--weights', help='local file or folder with the weights of --features')
+    p.add_argument('--download', action='store_true', help='fetch those weights where they are missing')
     p.add_argument('--n', type=int, default=2000, help='samples of each')
     p.add_argument('--seeds', default='0', help='sampling seeds, with commas between')
     p.add_argument('--steps', type=int, help='Heun steps, for teachers')
-    p.add_argument('--out', help='also write the table as .json')
+    p.add_argument('--out', default='metrics.json', help='the .json to write, or a folder for metrics.json')
     p.add_argument('--device', default='cpu')
     a = p.parse_args(argv)
-    from dmd2_nb.checkpoint import write_text
-    from dmd2_nb.evaluate import draw, eval_conds, table
-    from dmd2_nb.jobs import image_set, open_model, open_reference
+    from dmd2_nb.measure import measure
     _at_least(4, n=a.n); _at_least(1, steps=a.steps)
-    device,rows = _device(a.device),{}
     try: seeds = [int(s) for s in a.seeds.split(',')]
     except ValueError: raise ValueError(f"--seeds '{a.seeds}': expected whole numbers with commas between") from None
-    sources = {s: image_set(s, a.n) for s in a.sources}
-    models = {s: open_model(s, device, a.steps) for s,x in sources.items() if x is None}
-    judge,data = open_reference(a.data, a.features, device)
-    rows['real images'] = judge.floor(a.n)
-    for s,x in sources.items():
-        if x is not None: rows[s] = judge(x); continue
-        sampler,model = models[s]
-        for seed in seeds:
-            conds = eval_conds(data, a.n, seed) if data else model.condition(a.n, seed=seed)
-            rows[s if len(seeds)==1 else f'{s}, seed {seed}'] = judge(draw(sampler, model.G.shape, a.n if conds is None else conds, seed, device=device))
-    print(table(rows))
-    if a.out: write_text(a.out, json.dumps(rows, indent=1))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('default')
+        try: measure(a.sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, _device(a.device), features=a.features, weights=a.weights, download=a.download)
+        except FileNotFoundError as e: raise FileNotFoundError(str(e).replace('download=True', '--download').replace('give its path', 'give its path (--weights)').replace('give a local folder', 'give a local folder (--weights)')) from None
+    for w in dict.fromkeys(str(o.message) for o in said if o.category is UserWarning): print(f'dmd2_evaluate: {w}', file=sys.stderr)
 
 # %% ../nbs/90_cli.ipynb #715be67e
 @command('dmd2_prepare')

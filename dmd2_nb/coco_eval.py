@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .checkpoint import write_text
 from .core import rng
-from .evaluate import table
+from .evaluate import plus_minus, table
 from .features import Features, extract
-from .fid import clip_score, frechet_jackknife, kid, lpips_diversity, patches, precision_recall
+from .fid import clip_score, compare_features, frechet_jackknife, lpips_diversity, patches
 from .grids import ComparisonGrid, gallery, pil
-from .image_files import folder_images
+from .image_files import center_patch, folder_images
 from .presets import PRESETS, Preset, open_pipeline, sample
 from .safe_pickle import read_pickle
 
@@ -106,18 +106,29 @@ class Photographs:
         features:Features, # `inception()` for FID
         size:int=512,      # 512 for SDXL, 256 for Stable Diffusion 1.5
         patch_size:int=299,# 0 for no patches
+        names=None,        # File names of those that count, such as the photographs of the chosen captions; all when absent
     ):
-        return cls(extract(folder_images(source, size), features), extract(patches(source, patch_size), features) if patch_size else None, features, size, patch_size)
+        def chosen(files):
+            if names is None: return files
+            there = {Path(n).name: n for n in files.names}
+            if gone := [n for n in names if n not in there]: raise FileNotFoundError(f"{source}: {len(gone)} of {len(names)} photographs are missing: {', '.join(gone[:3])}{' ...' if len(gone)>3 else ''}")
+            files.names = [there[n] for n in names]
+            return files
+        middle = lambda im: center_patch(im.convert('RGB'), patch_size)
+        whole = extract(chosen(folder_images(source, size)), features)
+        return cls(whole, extract(chosen(folder_images(source, change=middle)), features) if patch_size else None, features, size, patch_size)
 
 def distances(
     folder,             # Generated pictures
     real:Photographs,   # What the pictures are compared with
 )->dict: # Numbers and their standard errors
     "All distances to the photographs"
-    f,name = extract(folder_images(folder, real.size), real.features),'fid' if real.features.name=='inception' else 'frechet'
-    row = dict(zip((name, f'{name}_se'), frechet_jackknife(f, real.whole))) | dict(zip(('kid', 'kid_se'), kid(f, real.whole)))
-    if real.patch is not None: row[f'patch_{name}'],row[f'patch_{name}_se'] = frechet_jackknife(extract(patches(folder, real.patch_size), real.features), real.patch)
-    return row | dict(zip(('precision', 'recall'), precision_recall(f, real.whole)))
+    row = compare_features(extract(folder_images(folder, real.size), real.features), real.whole, real.features.name)
+    if real.patch is not None:
+        patch = 'patch_fid' if real.features.name=='inception' else 'patch_frechet'
+        f = extract(patches(folder, real.patch_size), real.features)
+        row[patch],row[f'{patch}_se'] = frechet_jackknife(f, real.patch, min(10, len(f)//2, len(real.patch)//2))
+    return {k: v for k,v in row.items() if k not in ('n', 'features')}
 
 # %% ../nbs/37_coco_eval.ipynb #17853e52
 def latency(
@@ -171,8 +182,8 @@ def evaluate_prompts(
         grid.add(name, files.pixels(range(min(show, len(files)))))
         del draw
     write_text(out/'table.json', json.dumps(rows, indent=1))
-    write_text(out/'table.txt', table(with_paper(rows))+'\n')
-    grid.save(out/'comparison.html')
+    write_text(out/'table.txt', table(plus_minus(with_paper(rows)))+'\n')
+    for ending in ('html', 'png'): grid.save(out/f'comparison.{ending}')
     return rows
 
 # %% ../nbs/37_coco_eval.ipynb #1fe9768e

@@ -135,11 +135,12 @@ class DMD2:
     def place(self): "Spread the networks, before the optimisers take hold of their parameters"
     def syncs(self, *nets, last=True): return nullcontext() # around a forward and backward pass; `last` of this update?
 
-    # -- randomness: every draw is named by (seed, step, stream) --
+    # -- randomness: every draw is named by (seed, step, stream); `n` is a number of rows, or a tuple of them for a batch put together from parts --
     def rng(self, stream, device=None): return rng(self.cfg.seed, self.step, stream, device=device or self.device)
-    # `n` is a number of rows, or a tuple of them for a batch put together from parts
     def randn(self, stream, n): return torch.randn(_rows(n), *self.shape, generator=self.rng(stream), device=self.device)
     def sigma(self, stream, n, bins): return sample_sigma(self.fake, _rows(n), *bins, generator=self.rng(stream), device=self.device)
+    def pair_rows(self, stream, n): return torch.randint(len(self.pairs), (n,), generator=self.rng(stream), device=self.device)
+    def pair_batch(self, stream, n): return self.pairs.batch(n, self.rng(stream))
     batch = property(lambda self: self.cfg.batch)
     def cast(self): return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
 
@@ -219,9 +220,9 @@ class DMD2:
             grads = {k: g*dict(dm=c.w_dm, gan=c.gan_g)[k] for k,g in grads.items()}
             if grads: x.backward(self.scaler_g.scale(sum(grads.values()).to(x.dtype)))
         if c.w_reg:
-            z,target,pc = self.pairs.batch(len(x), self.rng(8))
+            z,target,pc = self.pair_batch(8, len(x))
             with self.syncs(self.G):
-                with self.cast(): log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0], pc)
+                with self.cast(): log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0], pc, self.pairs.distance)
                 self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
         log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
         if len(grads)==2: log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)

@@ -70,6 +70,7 @@ class GraphedDMD2(DMD2):
         return v
     def randn(self, stream, n): return self._draw('randn', stream, n)
     def sigma(self, stream, n, bins): return self._draw('sigma', stream, n, tuple(bins))
+    def pair_batch(self, stream, n): return self.pairs.at(self._draw('pair_rows', stream, n))
 
     def _replay(self, key, fn, *args):
         shapes = []

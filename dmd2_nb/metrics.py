@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['sliced_wasserstein', 'mmd', 'mmd2_unbiased', 'mode_share', 'mode_coverage', 'feature_stats', 'frechet_distance',
-           'frechet', 'kid', 'hist_kl', 'sample_floor']
+           'frechet', 'kid', 'knn_precision_recall', 'hist_kl', 'sample_floor']
 
 # %% ../nbs/16_metrics.ipynb #80f25bf4
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,9 +102,9 @@ def feature_stats(
     c = f-m
     return m,c.T@c/(len(f)-1)
 
-def _eigh(c):
+def _eigh(c, vectors=True):
     "Eigenvalues and vectors of a covariance; where few samples leave it so degenerate that LAPACK gives up, by its singular values"
-    try: return torch.linalg.eigh(c)
+    try: return torch.linalg.eigh(c) if vectors else (torch.linalg.eigvalsh(c), None)
     except torch.linalg.LinAlgError:
         u,s,_ = torch.linalg.svd(c)
         return s,u
@@ -118,7 +120,7 @@ def frechet_distance(
     if mu1.shape!=mu2.shape: raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features cannot be compared')
     w,v = _eigh(cov1)
     root = (v*w.clamp(min=0).sqrt())@v.T
-    cross = _eigh(root@cov2@root)[0].clamp(min=0).sqrt().sum()
+    cross = _eigh(root@cov2@root, False)[0].clamp(min=0).sqrt().sum()
     return ((mu1-mu2).square().sum() + cov1.trace() + cov2.trace() - 2*cross).clamp(min=0).item()
 
 def frechet(
@@ -148,6 +150,41 @@ def kid(
     without = lambda s: s.sum() - s.sum(0) - s.sum(1) + s.diagonal()  # for each i, the sum without row and column i
     left = mmd2_unbiased(without(aa), without(bb), without(ab), len(fa)-ca, len(fb)-cb, da.sum()-da, db.sum()-db)
     return value.item(), ((k-1)/k*((left-left.mean())**2).sum()).sqrt().item()
+
+# %% ../nbs/16_metrics.ipynb #adaee709
+def knn_precision_recall(
+    fa:Tensor,      # Features, (n, d)
+    fb:Tensor,      # Features of the reference, (m, d)
+    k:int=3,        # Neighbour that sets the radius
+    blocks:int=10,  # Of the jackknife; 0 for no errors
+    block:int=1024, # Rows of distances at a time
+)->tuple: # (precision, its error, recall, its error); errors are nan without blocks
+    "Share of samples within the reference's balls, and of the reference within the samples' (Kynkäänniemi et al., 2019)"
+    fa,fb = (f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in _flat(fa, fb))
+    if (few := min(len(fa), len(fb)))<=k: raise ValueError(f'{few} samples have no {k}-th neighbour')
+    if few-math.ceil(few/max(blocks, 1))<=k: blocks = 0
+    cut = lambda n: [] if not blocks else torch.arange(n).tensor_split(blocks)
+    def squares(x, f): # of distances; what float32 features cannot tell apart is equal
+        for y in x.split(block):
+            size = y.square().sum(1)[:,None]+f.square().sum(1)
+            d = size-2*y@f.T
+            yield d.masked_fill(d<=1e-12*size, 0.)
+    def radii(f): # (blocks+1, n): without each block, and of all
+        out = []
+        for d in squares(f, f):
+            near = [d[:,i].topk(min(k+1, len(i)), largest=False).values for i in (cut(len(f)) or [torch.arange(len(f))])]
+            out.append(torch.stack([torch.cat(near[:j]+near[j+1:], 1).kthvalue(k+1).values for j in (*range(blocks), len(near))]))
+        r = torch.cat(out, 1)
+        for j,i in enumerate(cut(len(f))): r[j,i] = -1.  # the balls of a block go with it
+        return r
+    def share(x, f):
+        r = radii(f)
+        hit = torch.cat([torch.stack([(d<=q).any(1) for q in r]) for d in squares(x, f)], 1).double()
+        keep = torch.ones_like(hit)
+        for j,i in enumerate(cut(len(x))): keep[j,i] = 0.
+        v = ((hit*keep).sum(1)/keep.sum(1)).cpu()
+        return v[-1].item(), ((blocks-1)/blocks*(v[:-1]-v[:-1].mean()).square().sum()).sqrt().item() if blocks else math.nan
+    return *share(fa, fb), *share(fb, fa)
 
 # %% ../nbs/16_metrics.ipynb #420b748f
 def hist_kl(

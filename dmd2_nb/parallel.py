@@ -162,7 +162,7 @@ def shard_units(
     total,units = size(net),[]
     def walk(m):
         for c in m.children():
-            n,whole = size(c),isinstance(c, nn.MultiheadAttention) or not any(size(o) for o in c.children())
+            n,whole = size(c),isinstance(c, nn.MultiheadAttention) or getattr(c, 'whole', False) or not any(size(o) for o in c.children())
             if type(c).forward is nn.Module.forward: walk(c)  # a ModuleList is never called
             elif n<least*total: continue
             elif n<=largest*total or whole: units.append(c)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from .core import compute_dtype, cond_index, cond_len, cond_map
 from .denoiser import Guided
 from .noise import check_sigmas
-from .checkpoint import fsync, load_into, load_optim, optim_tensors, shard_index, write_text
+from .checkpoint import fsync, load_into, load_optim, optim_tensors, read_tensors, shard_index, write_text
 from .distill import DMD2
 from .parallel import World, all_ranks_same, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
 from .train import check_run, load_state, put_state, run_nets, run_state, save_state
@@ -57,11 +57,10 @@ class ParallelDMD2(DMD2):
         self.device,self.sigmas = w.device,check_sigmas(list(c.levels)).to(w.device)
         self.dtype = compute_dtype(c.dtype, w.device)
         nets = dict(teacher=self.teacher, G=self.G, fake=self.fake, head=self.head, ema=self.ema.net)
-        nets = {n: m for n,m in nets.items() if isinstance(m, nn.Module)}
+        nets = {n: m for n,m in nets.items() if isinstance(m, nn.Module) and (n!='ema' or m is not self.G)}
         if self.remat:
             for m in (self.G, self.fake): m.enable_gradient_checkpointing() if hasattr(m, 'enable_gradient_checkpointing') else rematerialise(*shard_units(m))
-        for n,m in nets.items():
-            if not any(p.is_meta for p in m.parameters()): all_ranks_same([p.detach().double().sum().item() for p in m.parameters()], f'a weight of {n}')
+        if w.many: _alike({f'{n}.{k}': p.detach().double().sum().item() for n,m in nets.items() for k,p in m.named_parameters() if not p.is_meta})
         mesh = w.mesh(self.shards) if w.many and self.mode=='fsdp' else None
         for n,m in nets.items():
             empty = any(p.is_meta for p in m.parameters())
@@ -147,10 +146,17 @@ class ParallelDMD2(DMD2):
         self._same = self._same+1 if conds[0][1] and all(c==conds[0] for c in conds) else 0
         if self._same>2: raise RuntimeError('the conditions were the same on all ranks three times in a row: give each rank its own rows')
 
+# %% ../nbs/36a_parallel_run.ipynb #bd2052cb
+def _alike(sums):
+    "Stop all ranks if a weight of the start is not the same on all, and name it"
+    every = each_rank(sums)
+    bad = [k for k in dict.fromkeys(k for o in every for k in o) if any(o.get(k)!=every[0].get(k) for o in every)]
+    if bad: raise RuntimeError(f"weight {bad[0]} differs between ranks: " + ', '.join(f'rank {r} has the sum {o.get(bad[0])}' for r,o in enumerate(every)) + (f'; {len(bad)-1} more do' if bad[1:] else ''))
+
 # %% ../nbs/36a_parallel_run.ipynb #65ecc21c
 class _Pairs:
     "A rank's share of the teacher pairs that the whole batch draws"
-    def __init__(self, dmd, pairs): self.dmd,self.pairs = dmd,pairs
+    def __init__(self, dmd, pairs): self.dmd,self.pairs,self.distance = dmd,pairs,pairs.distance
     def batch(self, n, generator):
         whole,at = self.dmd._where()
         return cond_index(self.pairs.batch(n*whole, generator), slice(at*n, (at+1)*n))
@@ -163,17 +169,19 @@ def save_parallel(
 )->Path:
     "Each rank writes its pieces; the folder is there when all of them are"
     if not dmd.world.many: return save_state(dmd, folder, **extra)
+    from safetensors.torch import save_file
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
     folder = Path(folder)
     tmp,old = (folder.with_name(f'.{folder.name}.{o}') for o in ('tmp','old'))
-    _on_main(dmd.world, lambda: (shutil.rmtree(tmp, ignore_errors=True), tmp.mkdir(parents=True)), folder)
+    _on_main(dmd.world, lambda: (shutil.rmtree(tmp, ignore_errors=True), (tmp/'ranks').mkdir(parents=True)), folder)
     _on_all(lambda: tmp.is_dir() or _unseen(tmp), folder)
     opts = {n: optim_tensors(getattr(dmd, n)) for n in ('opt_g','opt_fake')}
     parts = {n: m.state_dict() for n,m in run_nets(dmd).items()} | {n: t for n,(t,_) in opts.items()}
     def write():
         for n,d in parts.items():
             if d: save(dict(d), storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
-        for f in tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'): fsync(f)
+        save_file(_generators(dmd.world), _of_rank(tmp, dmd.world))
+        for f in (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world)): fsync(f)
     _on_all(write, folder)
     state = run_state(dmd, {n: g for n,(_,g) in opts.items()}, extra) | dict(ranks=dmd.world.size)
     def finish():
@@ -193,11 +201,12 @@ def load_parallel(
 )->dict: # `extra` as given when saving
     "Go on where any number of ranks stopped"
     if not dmd.world.many: return load_state(dmd, folder)
-    folder,targets = Path(folder),{}
+    folder,targets,mine = Path(folder),{},{}
     def read():
         if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint, or not on a disk that all ranks see')
         state = json.loads((folder/'state.json').read_text(encoding='utf-8'))
         check_run(dmd, state, folder)
+        if state.get('ranks')==dmd.world.size: mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
         for n,m in run_nets(dmd).items(): targets[n] = _fits(m.state_dict(), _index(folder, n), folder/n)
         for n in ('opt_g','opt_fake'): targets[n] = _room(getattr(dmd, n), _index(folder, n))
         return state
@@ -206,7 +215,15 @@ def load_parallel(
     for n,m in run_nets(dmd).items():
         if dmd.mode=='ddp': m.load_state_dict(targets[n])
     for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), targets[n], state['groups'][n])
+    for n,t in mine.items(): torch.cuda.set_rng_state(t, dmd.world.device) if n.endswith('cuda') else torch.set_rng_state(t)
     return put_state(dmd, state)
+
+# %% ../nbs/36a_parallel_run.ipynb #ce4c45bc
+def _of_rank(folder, world): return folder/'ranks'/f'rank-{world.rank:05d}.safetensors'
+def _generators(world):
+    "Where PyTorch's global generators of this rank are"
+    states = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(world.device)) if world.device.type=='cuda' else {})
+    return {f'{world.rank}.{n}': t for n,t in states.items()}
 
 # %% ../nbs/36a_parallel_run.ipynb #540bf8a6
 def _files(folder, n): return sorted((folder/n).glob('*.safetensors')) or [f for f in [folder/f'{n}.safetensors'] if f.is_file()]

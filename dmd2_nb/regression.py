@@ -26,7 +26,9 @@ class TeacherPairs:
         seed:int=0,      # Pair `i` depends on seed and batch only
         batch:int=1024,  # Noises sent through the teacher at once
         device='cpu',    # Where it works
+        distance=None,   # What the loss compares with, as for `regression_loss`
     ):
+        self.distance = distance
         if n<1: raise ValueError(f'n must be at least 1, got {n}')
         if cond_len(conds) not in (0, n): raise ValueError(f'{n} pairs need {n} conditions, got {cond_len(conds)}')
         zs,xs = [],[]
@@ -42,8 +44,9 @@ class TeacherPairs:
         generator=None, # `torch.Generator` to draw with
     ): # `(z, x, cond)`
         "Pairs drawn at random"
-        i = torch.randint(len(self), (n,), generator=generator, device=self.z.device)
-        return self.z[i], self.x[i], cond_index(self.conds, i)
+        return self.at(torch.randint(len(self), (n,), generator=generator, device=self.z.device))
+
+    def at(self, i): return self.z[i], self.x[i], cond_index(self.conds, i) # Pairs number `i`
 
 def regression_loss(
     G,            # Generator

@@ -1,5 +1,5 @@
 "What the processes of test_parallel.py run; each function returns JSON-able facts of its rank"
-import itertools, os, signal, time
+import functools, itertools, os, signal, time
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from dmd2_nb.parallel import World, in_step, setup
 from dmd2_nb.parallel_run import ParallelDMD2, load_parallel, save_parallel
 from dmd2_nb.regression import TeacherPairs
 from dmd2_nb.train import train
+from dmd2_nb.unet import ADMUNet
 
 cfg = DMD2Config(levels=(10., 2.), batch=16, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, gan_g=1e-2, gan_d=1e-2, guidance=2., ema_halflife=3.,
                  clip=0.5, dtype='float64', seed=3)
@@ -19,7 +20,9 @@ cfg = DMD2Config(levels=(10., 2.), batch=16, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr
 
 def net(seed=0, kind='toy'):
     torch.manual_seed(seed)
-    D = EDMPrecond(ToyNet(width=16, depth=2, label_dim=4) if kind == 'toy' else UNet(8, 1, 4, channels=(8, 16), emb=16)).double()
+    make = dict(toy=lambda: ToyNet(width=16, depth=2, label_dim=4), unet=lambda: UNet(8, 1, 4, channels=(8, 16), emb=16),
+                adm=lambda: ADMUNet(8, 1, 1, label_dim=4, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.))
+    D = EDMPrecond(make[kind]()).double()
     for p in D.parameters(): p.data += 0.05*torch.randn_like(p)  # the last layer begins with zeros
     return D
 
@@ -62,11 +65,17 @@ def make(cls=ParallelDMD2, cfg=cfg, kind='toy', **kwargs):
     return cls.from_teacher(net(1, kind), cfg, init=net(0, kind), **kwargs)
 
 
+@functools.cache
+def alone(steps, cfg, kind, data):
+    "The run in one process: its logs and the finished run"
+    ref = make(DMD2, cfg, kind)
+    return run(ref, steps) if data else list(train(ref, None, steps)), ref
+
+
 def alike(world, steps=6, cfg=cfg, kind='toy', data=True, **kwargs):
     "How far a run over all ranks is from the same run in one process"
-    ref, dmd = make(DMD2, cfg, kind), make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs)
-    a, b = (run(ref, steps), run(dmd, steps, world)) if data else (list(train(ref, None, steps)), list(train(dmd, None, steps)))
-    return [gap(a, b), weights_gap(ref, dmd)]
+    (logs, ref), dmd = alone(steps, cfg, kind, data), make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs)
+    return [gap(logs, run(dmd, steps, world) if data else list(train(dmd, None, steps))), weights_gap(ref, dmd)]
 
 
 def fails(f):
@@ -83,12 +92,17 @@ def two_ranks(folder):
         mixed = replace(cfg, rollout='mix', levels=(10., 5., 2.), gan_start=1, warmup_fake=1)
         res['equal'] = dict(ddp=alike(w), fsdp=alike(w, mode='fsdp'), ddp_unet=alike(w, 4, kind='unet'), fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
                             ddp_regression=alike(w, 4, other, data=False), fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
+                            ddp_adm=alike(w, 3, kind='adm', remat=True), fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
                             ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'))
         res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
             run(dmd, 3, w)
+            torch.manual_seed(20+w.rank)
             save_parallel(dmd, f'{folder}/{m}', position=3)
+            drawn = torch.rand(()).item()
+            load_parallel(make(world=w, mode=m), f'{folder}/{m}')
+            res.setdefault('global', []).append([drawn, torch.rand(()).item()])
         res['empty'] = meta(w)
         res['low'] = low_precision(w)
         # an unequal amount of data
@@ -107,6 +121,35 @@ def two_ranks(folder):
         dmd = make(world=w)
         dmd.step += w.rank
         res['other_step'] = fails(lambda: run(dmd, 1, w))
+    return res
+
+
+def sdxl(folder, kinds):
+    "Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles and mode; then one process goes on where the ranks stopped"
+    from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
+    from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
+    from dmd2_nb.sdxl.recipe import distill_sdxl, sdxl_config, sdxl_dmd2
+    from dmd2_nb.sdxl.roles import FullCopies, SharedBase
+    torch.set_default_dtype(torch.float64)
+    c, res, n = replace(sdxl_config, levels=sdxl_config.levels[:2], batch=2, ttur=2, dtype='float64', lr_warmup=0, lr_g=1e-4, lr_fake=1e-4, lr_head=1e-4), {}, 2
+    def rand(i, *size): return torch.randn(n, *size, generator=torch.Generator().manual_seed(i))
+    def cond(i): return SDXLCond(rand(i, 7, 64), rand(i+1, 32), micro_ids(n, 96).double())
+    def new(kind, make=DMD2, **kwargs):
+        D = EpsDenoiser(make_unet(TINY_SDXL, dtype=torch.float64, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), block_out_channels=(16, 32, 32)), shape=(4, 12, 12))  # 12: a side that the head must be fitted to
+        roles = SharedBase(D, rank=4) if kind == 'lora' else FullCopies(D)
+        if kind == 'full': roles.generator.double(), roles.fake.double()
+        return sdxl_dmd2(roles, replace(c, ema_halflife=3.*(kind == 'lora')), cond(0), make=make, **kwargs)
+    class Shards:
+        "Latents with conditions, drawn from seed and position"
+        index = dict(kind='latents')
+        def batches(self, n, seed, start, device): return ((rand(100*i+seed, n, 4, 12, 12)[0], cond(100*i+seed+1)) for i in itertools.count(start))
+    def go(dmd, steps, *args): return list(distill_sdxl(dmd, Shards(), steps, Shards(), *args))
+    with setup('cpu', timeout=60) as w:
+        for kind, mode in kinds:
+            ref, dmd, one = new(kind), new(kind, ParallelDMD2, world=w, mode=mode, check_every=1), new(kind)
+            logs, at = go(ref, 3), f'{folder}/{kind}'
+            res[f'{kind} {mode}'] = [gap(logs, go(dmd, 3, at, 500, save_parallel, load_parallel)), weights_gap(ref, dmd)]
+            res[f'{kind} resumed'] = [gap(go(ref, 4), go(one, 4, at, 500, lambda *o: None)), weights_gap(ref, one)]
     return res
 
 
@@ -176,6 +219,26 @@ def four_ranks(folder):
         if w.main: os.rename(f'{folder}/gone', f'{folder}/four/fake/shard-00002-model-00001-of-00001.safetensors')
         res['unwritable'] = fails(lambda: save_parallel(dmd, f'{folder}/export.safetensors/x'))
     return res
+
+
+def back_at_two(folder):
+    "Four ranks' checkpoint goes on at two, with files beside it that a loader of pickles would run"
+    torch.set_default_dtype(torch.float64)
+    res = {}
+    with setup('cpu', timeout=60) as w:
+        ref = make(DMD2)
+        logs = run(ref, 6)
+        for mode in ('fsdp', 'ddp'):
+            dmd = make(world=w, mode=mode)
+            extra = load_parallel(dmd, f'{folder}/four')
+            res[mode] = [gap(logs[3:], run(dmd, 3, w, extra['position'])), weights_gap(ref, dmd)]
+    return res
+
+
+class Bomb:
+    "Its pickle leaves a file where it is loaded"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (self.path, 'w')
 
 
 def dies(how, folder):

@@ -4,6 +4,7 @@
     python tests/gpu_sdxl.py run                     # on the GPU: everything below, in this order, within --limit seconds
     python tests/gpu_sdxl.py run --only check,bf16   # some rows
     python tests/gpu_sdxl.py run --tiny              # a dry run on the CPU, a minute or two
+    python tests/gpu_sdxl.py merge $OUT/sdxl_gpu.json   # rows of a run into data/runs/sdxl_gpu.json; those of the same name are replaced
 
 Full-size U-Nets are built from their config with random weights on the GPU; nothing is downloaded. A row (or a group of rows) has a
 process of its own, so that none can spoil another; rows go to $OUT/sdxl_gpu.json (or runs/sdxl_gpu.json) as they come, one line each is
@@ -24,7 +25,7 @@ from dmd2_nb.sdxl.memory import GiB
 from dmd2_nb.sdxl.recipe import sdxl_dmd2, sdxl_lora_config
 from dmd2_nb.sdxl.roles import FullCopies, Setup, SharedBase, memory_plan
 
-PLAN = root/'data'/'runs'/'sdxl_plan.json'
+PLAN, LOG = root/'data'/'runs'/'sdxl_plan.json', root/'data'/'runs'/'sdxl_gpu.json'
 base = Setup()
 rec = replace(base, recorded=True)
 # Rows: setup, and how it is run. cap: GiB the allocator may take; flash=False leaves what a T4 has; compile: kinds of blocks through inductor;
@@ -38,7 +39,7 @@ ROWS = {
     'rank16_768':  dict(setup=replace(base, rank=16, px=768), cap=11.0, iters=10, seconds=40),
     'speed':       dict(setup=replace(rec, checkpointing=False), iters=20, seconds=50),
     'check':       dict(),  # recorded against plain, numbers against numbers
-    # the plan on setups that tuned nothing; two iterations to a generator update, so that four show every phase with all states in place
+    # the plan on setups that tuned nothing; two iterations to a generator update, and a cycle goes before, so that all states are in place
     'p_rank16':    dict(setup=replace(base, rank=16), group='plan'),
     'p_batch2':    dict(setup=replace(base, batch=2), group='plan'),
     'p_batch4_768': dict(setup=replace(base, batch=4, px=768, rank=32), group='plan'),
@@ -48,11 +49,22 @@ ROWS = {
     'p_ema_gpu':   dict(setup=replace(base, ema='gpu', batch=3, px=640), group='plan'),
     'p_sd15':      dict(setup=replace(base, unet=SD15_UNET, px=512, batch=8), group='plan'),
     'compiled':    dict(setup=rec, iters=20, seconds=170, compile=('BasicTransformerBlock',)),
-    # only when named: three full networks, for a card of 140 GB
-    'full':        dict(setup=replace(base, kind='full'), iters=10, seconds=200, asked=True),
+    # more of these, after the plan learnt of allocator and autocast; only when named
+    'n_896':       dict(setup=replace(base, rank=32, px=896), group='new', asked=True),
+    'n_no_ckpt':   dict(setup=replace(base, rank=16, px=640, batch=2, checkpointing=False), group='new', asked=True),
+    'n_fp16_512':  dict(setup=replace(base, px=512, batch=4, guidance=False, dtype='float16'), group='new', asked=True),
+    'n_1280':      dict(setup=replace(base, rank=8, px=1280, ema='gpu'), group='new', asked=True),
+    'n_sd15':      dict(setup=replace(base, unet=SD15_UNET, px=512, batch=4, rank=32, gan=False, checkpointing=False), group='new', asked=True),
+    'n_rec_768':   dict(setup=replace(rec, px=768, batch=2), plan=True, asked=True),
+    'n_rec_640':   dict(setup=replace(rec, px=640, rank=32, checkpointing=False), plan=True, asked=True),
+    # what `adapt` needs at 768 px
+    'adapt_768':   dict(setup=replace(rec, px=768), cap=14.0, plan=True, asked=True),
+    # three full networks, for a card of 140 GB
+    'full':        dict(setup=replace(base, kind='full'), plan=True, asked=True),
 }
 for n, r in ROWS.items():
-    if r.get('group') == 'plan': r |= dict(iters=4, ttur=2, seconds=30)
+    if r.get('group') or r.get('plan'): r |= dict(warm=1+r['setup'].recorded, ttur=2, iters=2*(2+r['setup'].recorded), seconds=60, plan=True)
+ROWS['full'] |= dict(iters=6, seconds=150)
 
 
 def tiny(row):
@@ -60,7 +72,7 @@ def tiny(row):
     s = row['setup']
     unet, unit = (TINY_SDXL, 32) if s.unet is not SD15_UNET else (TINY_SD15, 64)
     small = replace(s, unet=unet, px=max(s.px//8//unit, 1)*unit, tokens=7, rank=min(s.rank, 4), batch=min(s.batch, 2), dtype='float32')
-    return row | dict(setup=small, iters=min(row['iters'], 5), cap=None, compile=None)
+    return row | dict(setup=small, iters=min(row['iters'], 6), cap=None, compile=None)
 
 
 def say(**out): print('RESULT '+json.dumps(out), flush=True)
@@ -152,7 +164,7 @@ def run_row(name, row, device, until):
             bad = [k for k, v in log.items() if not bool(v.isfinite())]
             out['not_finite'] = bad
             out['finite'] &= not any('loss' in k or k.startswith(('x_', 'd_')) for k in bad)
-        ttur, quick = dmd.cfg.ttur, row.get('group') == 'plan'
+        ttur, quick = dmd.cfg.ttur, row.get('plan', False)
         if not quick:  # two cycles: plain, then recorded or compiled
             for i in range(2*ttur):
                 check(iteration())
@@ -166,7 +178,8 @@ def run_row(name, row, device, until):
             if (i+1) % ttur == 0:
                 w.sync(); iters.append((time.perf_counter()-t)/ttur); t = time.perf_counter()
                 check(log)
-                if t > end-ttur*iters[-1]: break
+                if (i+1)//ttur == row.get('warm'): w.start_over()  # not the first update's bytes: optimisers have no averages before it
+                elif t > end-ttur*iters[-1]: break
         out |= dict(iterations=i+1, s_per_iteration=sum(iters)/max(len(iters), 1), s_first_cycle=iters[0] if iters else None, s_best_cycle=min(iters, default=None))
         if s.recorded: out['recorded'] = 0 if runner is None else sum(len(p.replays) for p in runner.passes.values())
         if s.recorded and runner is not None and runner.failed: out['not_recorded'] = runner.failed
@@ -232,15 +245,27 @@ def check(device):
 
 
 def predict(names):
-    "Plans of the rows, written before anything is measured"
+    "Plans of the rows, written before anything is measured; for a row measured already, under `again`, beside what was predicted then"
+    known = {r['row'] for r in json.loads(LOG.read_text())['rows']} if LOG.is_file() else set()
     for n in names:
         t = time.perf_counter()
         p = memory_plan(ROWS[n]['setup'])
         old = json.loads(PLAN.read_text()) if PLAN.is_file() else {}
-        old[n] = dict(peak=p.peak, phases=p.phases, rest=p.rest, workspace=p.workspace, predicted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+        new = dict(peak=p.peak, phases=p.phases, rest=p.rest, workspace=p.workspace, predicted=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+        if n in known: old.setdefault(n, {})['again'] = new
+        else: old[n] = new
         print(f'{n:<14}{p.peak/GiB:8.2f} GiB  ({time.perf_counter()-t:.0f} s)', flush=True)
         PLAN.parent.mkdir(parents=True, exist_ok=True)
         PLAN.write_text(json.dumps(old, indent=1)+'\n')
+
+
+def merge(files):
+    "Rows of runs into the stored log, with the plans of all"
+    log = json.loads(LOG.read_text())
+    rows = {r['row']: r for r in log['rows']}
+    for f in files: rows |= {r['row']: r for r in json.loads(Path(f).read_text())['rows']}
+    LOG.write_text(json.dumps(dict(rows=list(rows.values()), plan=json.loads(PLAN.read_text())), indent=1)+'\n')
+    print(f'{LOG}: {len(rows)} rows')
 
 
 def one(names, device, small, until):
@@ -326,12 +351,14 @@ def run(names, small, limit, device):
 
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument('what', choices=('predict', 'run', 'one'))
+    a.add_argument('what', choices=('predict', 'run', 'merge', 'one'))
+    a.add_argument('files', nargs='*', help='of merge')
     a.add_argument('--only', default='', help='rows, separated by commas; all that one card of 80 GB can take when absent')
     a.add_argument('--tiny', action='store_true', help='toy networks on the CPU')
     a.add_argument('--limit', type=float, default=450, help='seconds after which nothing goes on')
     a.add_argument('--until', type=float, default=float('inf'), help=argparse.SUPPRESS)
     a = a.parse_args()
+    if a.what == 'merge': return merge(a.files)
     names = [n for n in a.only.split(',') if n] or [n for n, r in ROWS.items() if not r.get('asked')]
     if bad := [n for n in names if n not in ROWS]: sys.exit(f'unknown rows: {", ".join(bad)}; known are {", ".join(ROWS)}')
     if a.what == 'predict': return predict([n for n in names if ROWS[n] and not ROWS[n].get('compile')])

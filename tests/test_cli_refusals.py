@@ -38,7 +38,7 @@ def files(tmp_path_factory):
             flat=dict(images=x.reshape(80, 64), labels=y), small=dict(images=x[:, :4, :4], labels=y), colour=dict(images=np.stack([x]*3, -1), labels=y),
             deep=dict(images=x[None, None], labels=y), bare=dict(images=x), short=dict(images=x, labels=y[:9]), nine=dict(images=x, labels=y % 9), negative=dict(images=x, labels=y-1),
             words=dict(images=x, labels=y.astype(str)), seven=dict(images=x[:7], labels=np.arange(7)+3), other=dict(pictures=x),
-            objects=dict(images=np.array([x, None], dtype=object))).items(): np.savez(d/f'{name}.npz', **arrays)
+            stats=dict(mu=np.zeros(64), sigma=np.eye(64), features=np.array('lite0')), objects=dict(images=np.array([x, None], dtype=object))).items(): np.savez(d/f'{name}.npz', **arrays)
     (d/'cut.npz').write_bytes((d/'good.npz').read_bytes()[:-500])
     (d/'text.npz').write_text('not an archive')
     (d/'text.safetensors').write_text('not a tensor in sight')
@@ -110,6 +110,15 @@ bad = dict(
     evaluate_few=('evaluate ../f/good.npz --n 3', '--n must be at least 4, got 3'),
     evaluate_data=('evaluate ../f/good.npz --data fashion61', 'fashion61', 'fashion16'),
     evaluate_size=('evaluate ../f/small.npz --data ../f/good.npz', '16', '64'),
+    evaluate_sweep=('evaluate ../f --sweep --data ../f/good.npz', 'bare.safetensors has no config'),
+    evaluate_no_sweep=('evaluate ../f/none --sweep', '../f/none has no two checkpoints', '--keep-every'),
+    evaluate_empty_folder=('evaluate ../f/none --data ../f/good.npz', '../f/none: no images'),
+    evaluate_few_real=('evaluate ../f/good.npz --data ../f/seven.npz', 'seven.npz: 7 images are too few'),
+    evaluate_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception --weights ../f/gone.pth', 'gone.pth: no such file'),
+    evaluate_no_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception', 'weights-inception-2015-12-05-6726825d.pth (96 MB): give its path (--weights)', 'with --download'),
+    evaluate_grey=('evaluate ../f/good.npz --data ../f/good.npz --features lite0', 'grey images'),
+    evaluate_statistics=('evaluate ../f/good.npz --data ../f/stats.npz --features pixels', "stats.npz", "'lite0'", "'pixels'"),
+    distill_keep=('distill --keep-every 0', '--keep-every must be at least 1, got 0'),
     evaluate_seeds=('evaluate ../f/good.npz --seeds 1,two', "--seeds '1,two'"),
     # levels, that is sigma
     level_zero=(f'{good} --levels 0', 'above 0, got [0.0]'),
@@ -449,10 +458,30 @@ def test_whole_run(here, capsys):
     whole(folder)
     assert call('sample runs/fashion16-1 --n 4 --out a.png') == 0 and call("sample runs/fashion16-1 --n 4 --label 3 --out a.npz") == 0
     assert call('evaluate runs/fashion16-1 --data ../f/good.npz --n 12 --out a.json') == 0
-    assert set(json.loads(Path('a.json').read_text())) == {'real images', 'runs/fashion16-1'}
+    got = json.loads(Path('a.json').read_text())
+    assert set(got['rows']) == {'real images', 'runs/fashion16-1'} and got['settings']['features'] == 'pixels'
+    assert all({'kid', 'kid_se', 'frechet', 'precision', 'recall', 'n'} <= set(r) for r in got['rows'].values())
     refused('sample runs/fashion16-1 --label shoe', capsys, "'shoe'", 'kind 3')
     refused('sample runs/fashion16-1 --label 10', capsys, 'label 10', '0..9')
     refused('sample runs/fashion16-1 --steps 4', capsys, 'generator.safetensors', '--steps')
+
+
+def test_sweep(here, capsys):
+    "Checkpoints on the way, all measured, the chosen one and the last one again with a fresh seed; what is there is not measured again"
+    assert call(good+' --keep-every 4') == 0
+    assert [p.name for p in sorted(Path('runs/fashion16-1/checkpoints').iterdir())] == ['000004.safetensors', '000008.safetensors', '000009.safetensors']
+    line = 'evaluate runs/fashion16-1 --sweep --data ../f/good.npz --n 12 --seeds 3,4'
+    assert call(line) == 0
+    out = capsys.readouterr().out
+    got = json.loads(Path('metrics.json').read_text())
+    names = [f'runs/fashion16-1: {s}, seed {i}' for s in ('000004', '000008', '000009') for i in (3, 4)]
+    *head, best, last = got['rows']
+    if 'best of 3' not in best: head, best = [*head, best], last  # the last one was the best
+    assert head == ['real images', *names] and 'best of 3 by kid' in best and best.endswith('again with seed 5')
+    mean = {s: sum(got['rows'][f'runs/fashion16-1: {s}, seed {i}']['kid'] for i in (3, 4)) for s in ('000004', '000008', '000009')}
+    assert min(mean, key=mean.get) in best and got['rows'][best]['seed'] == 5 and best in out
+    assert call(line) == 0 and json.loads(Path('metrics.json').read_text()) == got
+    refused('evaluate runs/fashion16-1 --out runs/fashion16-1', capsys, 'runs/fashion16-1/metrics.json belongs to the run')
 
 
 def test_as_a_module(root):

@@ -95,9 +95,40 @@ def test_one_pass(tmp_path):
     dark = lambda p, s: draw(p, s)//2
     rows = C.evaluate_prompts(dict(same=draw, dark=dark), prompts, tmp_path/'out', real, lpips=rmse, diverse=prompts[:3], timed=1)
     assert rows['dark']['kid'] > 10*abs(rows['same']['kid']) and rows['same']['n'] == 24 and rows['same']['seconds'] > 0
-    assert all(f'{k}_se' in rows['same'] for k in ('kid', 'frechet', 'patch_frechet', 'lpips')) and 'fid' not in rows['same']
+    assert all(f'{k}_se' in rows['same'] for k in ('kid', 'frechet', 'patch_frechet', 'precision', 'recall', 'lpips'))
+    assert (rows['same']['seed'], rows['same']['n_real']) == (0, 48) and 'fid' not in rows['same']
     assert json.loads((tmp_path/'out'/'table.json').read_text()) == rows
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {'same', 'dark', 'table.json', 'table.txt', 'comparison.html', 'comparison.png'}
+    assert ' ± ' in (tmp_path/'out'/'table.txt').read_text()
     assert 'dark' in (tmp_path/'out'/'table.txt').read_text() and 'data:image/png' in (tmp_path/'out'/'comparison.html').read_text()
+
+
+def test_photographs_of_the_chosen_captions(tmp_path):
+    "The 10K protocol compares with those photographs alone, of whatever size; a missing one is named"
+    from PIL import Image
+    from dmd2_nb.features import extract
+    (tmp_path/'val').mkdir()
+    shades = {f'COCO_val2014_{i:012d}.jpg': 20*i for i in range(12)}
+    for i, (n, v) in enumerate(shades.items()): Image.new('RGB', (30+i, 40-i), (v,)*3).save(tmp_path/'val'/n)
+    see, some = Features(Colour(), 'colour'), [n for i, n in enumerate(shades) if i % 3 == 1]
+    got = C.Photographs.of(tmp_path/'val', see, size=8, patch_size=9, names=some)
+    for f in (got.whole, got.patch): assert f.shape == (4, 6) and [round(v/20) for v in f[:, 0].tolist()] == [1, 4, 7, 10]
+    assert len(C.Photographs.of(tmp_path/'val', see, size=8, patch_size=0).whole) == 12
+    with pytest.raises(FileNotFoundError, match='val: 1 of 2 photographs are missing: gone.jpg'): C.Photographs.of(tmp_path/'val', see, names=[some[0], 'gone.jpg'])
+
+
+def test_the_cut_of_the_paper(tmp_path):
+    "Centred square and Lanczos to 256 or 512; patches are 299 pixels of the middle, untouched"
+    from PIL import Image
+    from dmd2_nb.fid import patches
+    from dmd2_nb.image_files import folder_images
+    (tmp_path/'v').mkdir()
+    im = Image.effect_noise((640, 480), 60).convert('RGB')
+    im.save(tmp_path/'v'/'a.png')
+    want = im.crop((80, 0, 560, 480)).resize((256, 256), Image.Resampling.LANCZOS)
+    assert torch.equal(folder_images(tmp_path/'v', 256).one(0), torch.tensor(list(want.getdata()), dtype=torch.uint8).reshape(256, 256, 3).permute(2, 0, 1))
+    middle = im.crop((170, 90, 469, 389))
+    assert torch.equal(patches(tmp_path/'v').one(0), torch.tensor(list(middle.getdata()), dtype=torch.uint8).reshape(299, 299, 3).permute(2, 0, 1))
 
 
 def test_papers_rows_are_labelled():
@@ -150,6 +181,37 @@ def test_guided_teacher(pipe):
     try: sample(apply_preset(pipe, p), p, ['a', 'b'], [0, 1], 32)
     finally: hook.remove()
     assert batch == [4, 4, 4] and p.evaluations == 6
+
+
+@pytest.fixture(scope='module')
+def sd15():
+    D = pytest.importorskip('diffusers')
+    from dmd2_nb.sdxl.adapter import TINY_SD15, TINY_VAE, make_unet
+    from dmd2_nb.sdxl.conditioning import tiny_text_encoders
+    torch.manual_seed(0)
+    enc = tiny_text_encoders(two=False)
+    scheduler = D.PNDMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
+    return D.StableDiffusionPipeline(D.AutoencoderKL(**TINY_VAE), enc.models[0], enc.tokenizers[0], make_unet(TINY_SD15), scheduler, None, None, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize('name,batch,first,calls', [('sd15 dmd2 1', 2, 999, 1), ('sd15 cfg 3', 4, 751, 5)])
+def test_stable_diffusion_15(sd15, name, batch, first, calls):
+    "One step from pure noise at 999, without guidance; the teacher guided, by PNDM with one evaluation more than steps"
+    p = PRESETS[name] if calls == 1 else replace(PRESETS[name], steps=4)
+    seen = []
+    hook = sd15.unet.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), int(args[1]))))
+    try: x = sample(apply_preset(sd15, p), p, ['a', 'b'], [0, 1], 64)
+    finally: hook.remove()
+    assert {b for b, _ in seen} == {batch} and seen[0][1] == first and len(seen) == calls and x.shape == (2, 3, 64, 64)
+
+
+def test_the_papers_rows_are_all_there():
+    "Each preset's file and numbers, against the tables typed a second time"
+    fid = {'sdxl cfg 6': 19.36, 'sdxl cfg 8': 20.39, 'lcm-sdxl 1': 81.62, 'lcm-sdxl 4': 22.16, 'sdxl-turbo 1': 24.57, 'sdxl-turbo 4': 23.19, 'sdxl-lightning 1': 23.92,
+           'sdxl-lightning 4': 24.46, 'dmd2 1': 19.01, 'dmd2 4': 19.32, 'dmd2 4 lora': 19.68, 'sd15 cfg 3': 8.59, 'sd15 dmd2 1': 8.35}
+    assert {k: p.paper['fid'] for k, p in PRESETS.items()} == fid
+    assert [PRESETS[k].scheduler for k in ('sdxl cfg 6', 'sd15 cfg 3')] == ['EulerDiscreteScheduler', 'PNDMScheduler']
+    assert PRESETS['sd15 dmd2 1'].file.startswith('model/sdv1.5/') and PRESETS['sd15 dmd2 1'].file.endswith('fid8.35_checkpoint_model_041000/pytorch_model.bin')
 
 
 def test_seed_is_a_picture(pipe):

@@ -1,10 +1,10 @@
 "Loading of weights that do not come along: right layouts with random numbers, and wrong ones"
-import json
+import hashlib, json, sys
 
 import pytest
 import torch
 
-from dmd2_nb.features import Features, clip, dinov2, feature_extractor, inception, InceptionNet, lite0, read_weights, small_classifier
+from dmd2_nb.features import Features, clip, dinov2, feature_extractor, fetched, inception, InceptionNet, lite0, read_weights, small_classifier
 from dmd2_nb.feature_nets import Lite0
 from dmd2_nb.fid import clip_score
 
@@ -61,18 +61,58 @@ def test_pickles_are_not_run(tmp_path):
     with pytest.raises(ValueError, match='not a readable state dict'): inception(tmp_path/'bomb.pth')
 
 
-def test_inception_layers(tmp_path):
+@pytest.fixture(scope='module')
+def inception_file(tmp_path_factory):
+    "Random weights in the layout of the published file, which has no counters of batches"
     pytest.importorskip('torch_fidelity')
     torch.manual_seed(0)
-    sd = InceptionNet(None).graph.state_dict()
-    torch.save({k: v for k, v in sd.items() if 'num_batches_tracked' not in k}, tmp_path/'w.pth')  # pytorch-fid's file has none
+    p = tmp_path_factory.mktemp('i')/'w.pth'
+    torch.save({k: v for k, v in InceptionNet(None).graph.state_dict().items() if 'num_batches_tracked' not in k}, p)
+    return p
+
+
+@pytest.mark.filterwarnings('ignore:.*not the published file')
+def test_inception_layers(inception_file, tmp_path):
     x = pictures(2, 32)
-    assert inception(tmp_path/'w.pth')(x).shape == (2, 2048)
-    f = inception(tmp_path/'w.pth', layer='logits_unbiased')
+    assert inception(inception_file)(x).shape == (2, 2048)
+    f = inception(inception_file, layer='logits_unbiased')
     assert f(x).shape == (2, 1008) and f.name == 'inception:logits_unbiased'
+    sd = torch.load(inception_file, weights_only=True)
     sd.pop('fc.weight')
     torch.save(sd, tmp_path/'w.pth')
     with pytest.raises(ValueError, match='missing: fc.weight'): inception(tmp_path/'w.pth')
+
+
+def test_inception_takes_pytorch_fids_layout(inception_file):
+    "pytorch-fid loads its file into torchvision's network with 1,008 classes: the same names and shapes"
+    torchvision = pytest.importorskip('torchvision')
+    theirs = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    ours = torch.load(inception_file, weights_only=True)
+    assert {k: v.shape for k, v in theirs.items() if 'num_batches_tracked' not in k} == {k: v.shape for k, v in ours.items()}
+
+
+def test_inception_is_found_where_other_packages_put_it(inception_file, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path/'hub'/'checkpoints').mkdir(parents=True)
+    (tmp_path/'hub'/'checkpoints'/'pt_inception-2015-12-05-6726825d.pth').write_bytes(inception_file.read_bytes())
+    with pytest.warns(UserWarning, match='pt_inception.*not the published file .sha256 6726825d'): f = inception()
+    assert f.name == 'inception'
+
+
+def test_downloads(tmp_path, monkeypatch):
+    "What comes must have the published checksum; nothing stays of what has not"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'hub'))
+    (tmp_path/'w.bin').write_bytes(b'weights')
+    url, right = f'file://{tmp_path}/w.bin', hashlib.sha256(b'weights').hexdigest()
+    with pytest.raises(FileNotFoundError, match=r'it needs w.bin \(7 B\): give its path.*download=True'): fetched(url, 'it', '7 B')
+    with pytest.raises(OSError, match='w.bin .7 B. cannot be fetched .invalid hash'): fetched(url, 'it', '7 B', download=True, start='00')
+    with pytest.raises(OSError, match='gone.bin .7 B. cannot be fetched'): fetched(f'file://{tmp_path}/gone.bin', 'it', '7 B', download=True)
+    assert not any(p.is_file() for p in (tmp_path/'cache').rglob('*'))
+    assert fetched(url, 'it', '7 B', download=True, start=right).read_bytes() == b'weights'
+    (tmp_path/'w.bin').unlink()
+    assert fetched(url, 'it', '7 B').read_bytes() == b'weights', 'from the cache'
 
 
 def test_small_classifier_files(tmp_path):
@@ -92,6 +132,8 @@ def test_fixed_means_fixed():
 def test_names():
     with pytest.raises(ValueError, match="features 'vgg' are none of"): feature_extractor('vgg')
     assert feature_extractor('small_classifier').name == 'small_classifier'
+    with pytest.raises(FileNotFoundError, match='mine.pth'): feature_extractor('inception', weights='mine.pth')
+    with pytest.raises(ValueError, match='cannot be loaded'): feature_extractor('dinov2', weights='.')
 
 
 @pytest.fixture(scope='module')
@@ -144,15 +186,22 @@ def test_dinov2(tmp_path):
     assert f(pictures(2, 40)).shape == (2, 16) and f.name == f'dinov2:{tmp_path.name}'
 
 
+def test_a_package_that_is_missing(monkeypatch):
+    for name in ('transformers', 'torch_fidelity', 'torch_fidelity.feature_extractor_inceptionv3'): monkeypatch.setitem(sys.modules, name, None)
+    for f in (clip, dinov2):
+        with pytest.raises(ImportError, match=r'pip install .dmd2_nb\[eval\]'): f('x')
+    with pytest.raises(ImportError, match=r'pip install .dmd2_nb\[eval\]'): InceptionNet(None)
+
+
 def test_missing_weights_say_how_to_get_them(tmp_path, monkeypatch):
     pytest.importorskip('transformers')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     from dmd2_nb.fid import lpips
-    with pytest.raises(FileNotFoundError, match=r'weights-inception-2015-12-05-6726825d.pth \(91 MB\)'): inception()
-    with pytest.raises(FileNotFoundError, match=r'vgg16-397923af.pth \(528 MB\)'): lpips()
+    with pytest.raises(FileNotFoundError, match=r'weights-inception-2015-12-05-6726825d.pth \(96 MB\)'): inception()
+    with pytest.raises(FileNotFoundError, match=r'vgg16-397923af.pth \(553 MB\)'): lpips()
     for f in (clip, dinov2):
-        with pytest.raises(FileNotFoundError, match='download=True'): f('no/such-model')
+        with pytest.raises(FileNotFoundError, match=r'no/such-model.*model.safetensors \(the default.s has .* GB\) with download=True'): f('no/such-model')
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='cannot be loaded'): clip(tmp_path/'empty')

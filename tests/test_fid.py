@@ -1,5 +1,5 @@
 "Parity with other implementations on the same features, brute force, and files that must not be believed"
-import math, warnings
+import math, warnings, weakref
 
 import numpy as np
 import pytest
@@ -61,14 +61,62 @@ def test_precision_recall_equals_torch_fidelity_and_brute_force():
     assert math.isclose(p, brute(a, b), abs_tol=1e-9) and math.isclose(r, brute(b, a), abs_tol=1e-9)
 
 
-def test_inception_score_equals_torch_fidelity():
-    isc = pytest.importorskip('torch_fidelity.metric_isc')
-    logits = 3*torch.randn(503, 12, dtype=torch.float64)
-    o = isc.isc_features_to_metric(logits, 10, True, 2020)
-    mean, spread = F.inception_score(logits)
-    assert math.isclose(mean, o['inception_score_mean'], rel_tol=1e-9) and math.isclose(spread, o['inception_score_std'], rel_tol=1e-9)
+def test_kid_of_all_pairs_equals_torch_fidelity():
+    "One subset with everybody in it"
+    tf = pytest.importorskip('torch_fidelity.metric_kid')
+    a, b = features(400, 64), features(400, 64, shift=0.1, seed=1)
+    theirs = tf.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=400, rng_seed=2020, verbose=False)['kernel_inception_distance_mean']
+    assert math.isclose(F.kid(a, b)[0], theirs, rel_tol=1e-9)
+    assert math.isclose(F.kid(a.float(), b.float())[0], theirs, rel_tol=1e-3)
+
+
+def test_parity_with_many_features():
+    "1,024 of them: both distances within 1e-3 of torch-fidelity's"
+    tf_kid = pytest.importorskip('torch_fidelity.metric_kid')
+    linalg = pytest.importorskip('scipy.linalg')
+    a, b = (torch.randn(1100, 1024, dtype=torch.float64, generator=torch.Generator().manual_seed(s)).relu()*(1+s) for s in (0, 1))
+    theirs = tf_kid.kid_features_to_metric(a, b, kid_subsets=2, kid_subset_size=500, rng_seed=2020, verbose=False)
+    assert math.isclose(F.kid_subsets(a, b, 2, 500)[0], theirs['kernel_inception_distance_mean'], rel_tol=1e-3)
+    (m1, c1), (m2, c2) = ((f.mean(0).numpy(), np.cov(f.numpy(), rowvar=False)) for f in (a, b))
+    l1, l2 = (linalg.cholesky(c, lower=True) for c in (c1, c2))  # tr sqrt(c1 c2) is the sum of the singular values of l1' l2
+    want = ((m1-m2)**2).sum()+np.trace(c1)+np.trace(c2)-2*linalg.svdvals(l1.T@l2).sum()
+    assert math.isclose(F.frechet_of(a, b), want, rel_tol=1e-3)
+
+
+def test_precision_recall_error_equals_deleting_blocks_for_real():
+    from dmd2_nb.core import rng
+    from dmd2_nb.metrics import knn_precision_recall
+    a, b = features(60, 5), features(83, 5, seed=1)
+    got = knn_precision_recall(a, b, 3, 5, block=16)
+    assert got[::2] == F.precision_recall(a, b)
+    pa, pb = (f[torch.randperm(len(f), generator=rng(0, len(f)))].tensor_split(5) for f in (a, b))
+    left = torch.tensor([F.precision_recall(torch.cat(pa[:i]+pa[i+1:]), torch.cat(pb[:i]+pb[i+1:])) for i in range(5)], dtype=torch.float64)
+    error = (4/5*((left-left.mean(0))**2).sum(0)).sqrt()
+    assert got[1] > 0 and torch.allclose(torch.tensor(got[1::2], dtype=torch.float64), error)
+    assert all(math.isnan(e) for e in knn_precision_recall(a[:4], b)[1::2]), 'four samples cannot lose a block and keep a third neighbour'
+
+
+def test_copies_are_within_their_own_balls():
+    "Twenty pictures by heart: distances of 0 against radii of 0, in float32 features far from the origin"
+    x = 100+features(20, 32).float()
+    assert F.precision_recall(x.repeat(5, 1), x.repeat(9, 1)[torch.randperm(180)]) == (1., 1.)
+
+
+def test_inception_score_by_hand(tmp_path):
+    pytest.importorskip('torch_fidelity')
+    logits = 3*torch.randn(40, 12, dtype=torch.float64)
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(40))
+    scores = []
+    for part in logits[order].softmax(1).split(10):
+        mean = part.mean(0).tolist()
+        scores.append(math.exp(np.mean([sum(p*math.log(p/q) for p, q in zip(row, mean)) for row in part.tolist()])))
+    got = F.inception_score(logits, 4)
+    assert math.isclose(got[0], np.mean(scores), rel_tol=1e-9) and math.isclose(got[1], np.std(scores), rel_tol=1e-9)
     sure = torch.eye(4).repeat(100, 1)*100
     assert math.isclose(F.inception_score(sure, 1)[0], 4., rel_tol=1e-6), 'four classes, no doubt: exp(log 4)'
+    a = pictures(20)
+    assert F.inception_score(a, 2, features=see()) == F.inception_score(extract(a, see()), 2)
+    with pytest.raises(ValueError, match='20 images cannot be cut into 30 splits'): F.inception_score(a, 30, features=see())
 
 
 def test_fid_of_images_equals_torch_fidelity_with_random_inception(tmp_path):
@@ -77,7 +125,7 @@ def test_fid_of_images_equals_torch_fidelity_with_random_inception(tmp_path):
     from dmd2_nb.features import InceptionNet, inception
     torch.manual_seed(0)
     torch.save(InceptionNet(None).graph.state_dict(), tmp_path/'w.pth')
-    net = inception(tmp_path/'w.pth', batch=4)
+    with pytest.warns(UserWarning, match='not the published file'): net = inception(tmp_path/'w.pth', batch=4)
     a, b = pictures(6), pictures(6, 1)//2
     with torch.no_grad(): fa, fb = (net.net.graph(x)[0].double() for x in (a, b))
     theirs = tf.fid_statistics_to_metric(tf.fid_features_to_statistics(fa), tf.fid_features_to_statistics(fb), verbose=False)['frechet_inception_distance']
@@ -117,11 +165,26 @@ def test_streaming_keeps_digits():
     assert torch.allclose(s.cov, torch.from_numpy(np.cov(f.double().numpy(), rowvar=False)), rtol=1e-9, atol=1e-9)
 
 
+def test_statistics_of_a_long_run_keep_no_features():
+    "50,000 images pass through; of their features no more than the last batches are ever alive"
+    alive, most = weakref.WeakSet(), []
+    class Watched(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(()))
+        def forward(self, x):
+            most.append(len(alive))
+            f = x.flatten(1)@torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+            alive.add(f)
+            return f
+    s = F.Stats.of((torch.full((500, 3, 1, 1), i, dtype=torch.uint8) for i in range(100)), Features(Watched(), 'watched', batch=500))
+    assert s.n == 50_000 and len(most) == 100 and max(most) <= 2 and (s.mu.dtype, s.cov.dtype) == (torch.float64,)*2
+
+
 def test_reference_files(tmp_path):
     a, b = pictures(40), pictures(40, 1)
     path = F.Stats.of(b, see()).save(tmp_path/'ref.npz')
     assert math.isclose(F.frechet_of(a, path, see()), F.frechet_of(a, b, see()), rel_tol=1e-9)
     z = np.load(path, allow_pickle=False)
+    assert (z['mu'].dtype, z['sigma'].dtype, z['mu'].shape, z['sigma'].shape) == (np.float64, np.float64, (6,), (6, 6)), 'what EDM reads'
     np.savez(tmp_path/'edm.npz', mu=z['mu'], sigma=z['sigma'])  # as EDM writes them
     assert math.isclose(F.frechet_of(a, tmp_path/'edm.npz', see()), F.frechet_of(a, b, see()), rel_tol=1e-9)
     with pytest.raises(ValueError, match="are of 'mean' features, not of 'other'"): F.frechet_of(a, path, see('other'))
@@ -176,9 +239,16 @@ def test_few_images_warn():
         F.frechet_of(pictures(30), pictures(40), see())
 
 
+def test_few_images_warn_with_errors_too():
+    a, b = features(24, 30), features(100, 30)
+    with pytest.warns(UserWarning, match='24 images for 30 features'): F.frechet_jackknife(a, b)
+    with pytest.warns(UserWarning, match='24 images for 30 features'): F.frechet_jackknife(b, a)
+    with pytest.warns(UserWarning, match='24 images for 30 features'): F.compare_features(a, b, 'x')
+
+
 def test_compare_names_what_it_measured():
     row = F.compare(pictures(60), pictures(50, 1), see())
-    assert {'kid', 'kid_se', 'frechet', 'frechet_se', 'precision', 'recall'} < set(row) and 'fid' not in row
+    assert {'kid', 'kid_se', 'frechet', 'frechet_se', 'precision', 'precision_se', 'recall', 'recall_se'} < set(row) and 'fid' not in row
     assert row['features'] == 'mean' and (row['n'], row['n_real']) == (60, 50)
     assert 'fid' in F.compare(pictures(60), pictures(50, 1), see('inception'))
 
@@ -231,5 +301,5 @@ def test_frechet_where_eigh_gives_up(monkeypatch):
     a, b = torch.randn(8, 40), torch.randn(60, 40)+1
     want = frechet(a, b)
     def gives_up(c): raise torch.linalg.LinAlgError('no convergence')
-    monkeypatch.setattr(torch.linalg, 'eigh', gives_up)
+    for name in ('eigh', 'eigvalsh'): monkeypatch.setattr(torch.linalg, name, gives_up)
     assert abs(frechet(a, b)-want) < 1e-6*want

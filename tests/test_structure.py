@@ -11,9 +11,9 @@ package = root/'dmd2_nb'
 # A module imports from lower floors only. A new module is entered here.
 floors = {
     10: 'cli',
-    9: 'imagenet64',
+    9: 'imagenet64 measure',
     8: 'jobs coco_eval sdxl.mini sdxl.adapt',
-    7: 'evaluate experiments sdxl.recipe sdxl.pretrain',
+    7: 'evaluate experiments sdxl.recipe sdxl.pretrain sdxl.judge',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train dashboard recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',

@@ -40,6 +40,8 @@ def sdxl_dmd2(
     head:nn.Module=None,   # GAN head to start from
     ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
     optim='adamw',         # 'adamw8bit' keeps AdamW's averages in 8 bits, with bitsandbytes
+    make=DMD2,             # Class of the run: `GraphedDMD2` for small networks in bfloat16 or float32, `ParallelDMD2` on several cards
+    **kwargs,              # Its own arguments, such as `world` and `mode`
 )->DMD2:
     "A run of DMD2 on a diffusers U-Net"
     roles.generator.timestep(torch.tensor(cfg.levels, dtype=torch.float64))  # levels of no timestep are refused here
@@ -49,8 +51,8 @@ def sdxl_dmd2(
     if cfg.gan and head is None and side!=head_side(side):
         with torch.random.fork_rng(devices=[]): torch.manual_seed(cfg.seed); head = AnySideHead((unet.config.block_out_channels[-1], side, side))
     p = next(roles.generator.parameters())
-    if head is not None: head = head.to(p.device, p.dtype)
-    dmd = DMD2(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema)
+    if head is not None: head = head.to('cpu' if p.is_meta else p.device, p.dtype)
+    dmd = make(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema, **kwargs)
     if optim=='adamw8bit': eight_bit(dmd)
     elif optim!='adamw': raise ValueError(f"optim must be adamw or adamw8bit, got '{optim}'")
     spend_gradients(dmd)
@@ -72,7 +74,7 @@ def eight_bit(
         if dmd.device.type!='cuda': raise RuntimeError('it needs a GPU')
         opts = {n: bnb.optim.AdamW8bit(getattr(dmd, n).param_groups) for n in ('opt_g','opt_fake')}
     except Exception as e:
-        warnings.warn(f'8-bit AdamW is not available ({str(e).splitlines()[0][:80]}): averages stay in float32')
+        warnings.warn(f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): averages stay in float32')
         return False
     for n,o in opts.items(): setattr(dmd, n, o)
     return True
@@ -85,17 +87,20 @@ def distill_sdxl(
     images:LatentShards=None, # Latents and conditions for the GAN
     folder=None,            # Where the state is kept; a run found there goes on
     save_every:int=500,     # Iterations between saves
+    save=save_state,        # On several cards `save_parallel`
+    load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
-    "DMD2 on SDXL: resumable, on one card"
-    if folder and (Path(folder)/'state.json').is_file(): load_state(dmd, folder)
+    "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
+    if folder and (Path(folder)/'state.json').is_file(): load(dmd, folder)
     if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
     n,seed,at = dmd.cfg.batch,dmd.cfg.seed,dmd.step
     conds = prompts.batches(n, seed, at, dmd.device)
     if prompts.index['kind']!='conditions': conds = (c for _,c in conds)
     reals = images.batches(n, seed+1, at, dmd.device) if images is not None else None
+    if (w := getattr(dmd, 'world', None)): conds,reals = ((cond_index(o, w.rows(n//w.size)) for o in s) if s is not None else None for s in (conds, reals))
     for log in train(dmd, conds, steps-at, reals):
         yield log
-        if folder and (dmd.step%save_every==0 or dmd.step==steps): save_state(dmd, folder)
+        if folder and (dmd.step%save_every==0 or dmd.step==steps): save(dmd, folder)
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #649acfdb
 @torch.no_grad()

@@ -7,6 +7,7 @@ __all__ = ['WORKSPACE', 'Roles', 'spend_gradients', 'SharedBase', 'FullCopies', 
            'Plan', 'memory_plan', 'advice', 'card_budget']
 
 # %% ../../nbs/32_sdxl.roles.ipynb #6f01c6d3
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 import math
@@ -15,13 +16,13 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from ..core import EMA, cond_cat, cond_map
+from ..core import EMA, cond_cat, cond_map, frozen
 from ..denoiser import Guided
 from ..gan import GanHead
 from .adapter import EpsDenoiser, SDXL_UNET, SigmaDenoiser, make_unet
 from .lora import LORA_TARGETS, AdapterBase, AdapterNet
 from .graphs import CudaRecorder, EchoRecorder, Graphs
-from .memory import GiB, MemoryMeter, fused_attention
+from .memory import AllocatorModel, AutocastFootprint, GiB, MemoryMeter, fused_attention
 
 # %% ../../nbs/32_sdxl.roles.ipynb #4993c294
 class Roles:
@@ -163,23 +164,23 @@ def memory_plan(
     workspace:float=WORKSPACE, # Bytes for work areas of libraries
 )->Plan:
     "Peak memory of each phase of a run, from one cycle of `DMD2` on tensors without data; takes about a quarter of a minute for SDXL"
-    low = getattr(torch, s.dtype)
-    unets = [make_unet(s.unet, device='meta', dtype=low) for _ in range(1 if s.kind=='shared' else 3)]
-    with MemoryMeter() as m, fused_attention():
+    half,full = getattr(torch, s.dtype),torch.float32
+    unets = [make_unet(s.unet, device='meta', dtype=t) for t in ((half,) if s.kind=='shared' else (half, full, full))]
+    cast = AutocastFootprint(half)
+    with MemoryMeter() as m, fused_attention(), (cast if s.kind=='full' else nullcontext()):
         m.add(*(p for u in unets for p in u.parameters()))
-        run = _Rehearsal(s, unets, m)
-        phases = {}
-        for name in ('generator', 'critic', 'rollout', 'generator'):
-            m.restart(); getattr(run, name)()
-            phases[f'{name} update' if name!='rollout' else name] = m.peak+run.pool+workspace
-    return Plan(s, at_rest(s, getattr(run, 'base', None)), phases, workspace)
+        run = _Rehearsal(s, unets, m, cast)
+        if s.recorded: run.perform('generator', 'critic')  # passes run plainly at first, while no recording has memory: less than what comes
+        phases = run.perform('rollout', 'critic', 'generator', 'rollout', 'critic')
+    return Plan(s, at_rest(s, getattr(run, 'base', None)), {k: v+workspace for k,v in phases.items()}, workspace)
 
 # %% ../../nbs/32_sdxl.roles.ipynb #af94a235
 class _Rehearsal:
     "The passes of one DMD2 cycle in their order"
-    def __init__(self, s, unets, m):
+    def __init__(self, s, unets, m, cast):
         meta = lambda *shape,dtype=torch.float32: torch.zeros(*shape, device='meta', dtype=dtype)
-        self.s,self.m,self.pool,b,n = s,m,0,s.batch,s.px//8
+        self.s,self.m,self.pool,b,n = s,m,AllocatorModel(),s.batch,s.px//8
+        self.cast = cast.region if s.kind=='full' else nullcontext
         if s.kind=='shared':
             r = SharedBase(EpsDenoiser(unets[0], shape=(4, n, n)), s.rank, checkpointing=s.checkpointing, device='meta')
             self.base,self.teacher,self.G,self.fake = r.base,r.teacher.net,r.generator.net,r.fake.net
@@ -188,7 +189,7 @@ class _Rehearsal:
             self.teacher,self.G,self.fake = (EpsDenoiser(u).net for u in unets)
             for u in unets[1:]:
                 u.requires_grad_(True)
-                if s.checkpointing: u.enable_gradient_checkpointing()
+                if s.checkpointing: u.enable_gradient_checkpointing(cast.checkpoint)
         self.x,self.t = meta(b, 4, n, n),meta(b, dtype=torch.long)
         d = s.unet['cross_attention_dim']
         self.cond = dict(encoder_hidden_states=meta(b, s.tokens, d))
@@ -197,18 +198,28 @@ class _Rehearsal:
             self.cond['added_cond_kwargs'] = dict(text_embeds=meta(b, pooled), time_ids=meta(b, 6))
         side = n//2**(len(s.unet['block_out_channels'])-1)
         with torch.device('meta'): self.head = AnySideHead((s.unet['block_out_channels'][-1], side, side)) if s.gan else nn.Identity()
-        trained = [p for q in (self.G, self.fake) for p in q.parameters()]
-        per = (8 if s.optim=='adamw' else 2) + (4 if s.ema=='gpu' else 0)/2
-        extra = per+(0 if s.kind=='shared' else 4+2)  # full copies: float32 weights beside the cast ones, float32 gradients
-        self.keep = [meta(int(extra*sum(p.numel() for p in trained)), dtype=torch.uint8), meta((8 if s.optim=='adamw' else 2)*sum(p.numel() for p in self.head.parameters()), dtype=torch.uint8)]
+        keep = lambda per,*nets: meta(per*sum(p.numel() for n in nets for p in n.parameters()), dtype=torch.uint8)
+        self.kept = keep(8 if s.optim=='adamw' else 2, self.G, self.fake, self.head),keep(4 if s.ema=='gpu' else 0, self.G)
+
+    def perform(self, *names)->dict: # Highest bytes of each
+        "Phase by phase"
+        top = {}
+        for n in names:
+            self.m.restart(); getattr(self, n)()
+            key = n if n=='rollout' else f'{n} update'
+            top[key] = max(top.get(key, 0), self.m.peak+self.pool.reserved)
+        return top
 
     def record(self, f):
-        "Stands in for CUDA's recorder: what a pass needs beyond its start stays reserved, once for all passes"
-        echo = EchoRecorder().record(f)
+        "Stands in for CUDA's recorder: what a pass takes comes from a pool of its own, one for all passes, and stays there"
+        echo,new = EchoRecorder().record(f),True
         def replay():
-            was,start = self.m.peak,self.m.now
-            self.m.restart(); out = echo()
-            self.pool,self.m.peak = max(self.pool, self.m.peak-start),max(was, self.m.now)
+            nonlocal new
+            was = self.m.peak
+            self.m.pool = self.pool if new else None
+            try: out = echo()
+            finally: self.m.pool,new = None,False
+            self.m.peak = max(was, self.m.now)
             return out
         return replay
 
@@ -216,31 +227,27 @@ class _Rehearsal:
     def clear(self, *nets):
         for p in (p for n in nets for p in n.parameters()): p.grad = None
     def rollout(self):
-        with torch.no_grad(): self.G(self.x, self.t, self.cond)
+        with torch.no_grad(), self.cast(): self.G(self.x, self.t, self.cond)
     def critic(self):
-        for _ in range(1+self.s.recorded):  # a recorded pass runs plainly at first
-            self.fake(self.x, self.t, self.cond).float().pow(2).mean().backward()
+        with self.cast(): loss = self.fake(self.x, self.t, self.cond).float().pow(2).mean()
+        loss.backward()
         if self.s.gan:
             c,x,t = self.two(self.cond, self.x, self.t)
-            for _ in range(1+self.s.recorded): self.logits(self.fake.encode(x, t, c)).mean().backward()
+            with self.cast(): loss = self.logits(self.fake.encode(x, t, c)).mean()
+            loss.backward()
         self.clear(self.fake, self.head)
     def generator(self):
-        for i in range(1+self.s.recorded):
-            y = self.G(self.x, self.t, self.cond).float()
-            x = y.detach().requires_grad_()
-            with torch.no_grad():
-                if self.s.guidance:
-                    c,xx,t = self.two(self.cond, x, self.t)
-                    self.teacher(xx, t, c)
-                else: self.teacher(x, self.t, self.cond)
-                self.fake(x, self.t, self.cond)
-            g = torch.empty_like(x)
-            if self.s.gan:
-                for p in (*self.fake.parameters(), *self.head.parameters()): p.requires_grad_(False)
-                g, = torch.autograd.grad(self.logits(self.fake.encode(x, self.t, self.cond)).mean(), x)
-                for p in (*self.fake.parameters(), *self.head.parameters()): p.requires_grad_(True)
-            y.backward(g)
-            self.clear(self.G)
+        with self.cast(): y = self.G(self.x, self.t, self.cond).float()
+        x = y.detach().requires_grad_()
+        with torch.no_grad(), self.cast():
+            c,xx,t = self.two(self.cond, x, self.t) if self.s.guidance else (self.cond, x, self.t)
+            self.teacher(xx, t, c); self.fake(x, self.t, self.cond)
+        if self.s.gan:
+            with frozen(self.fake, self.head):
+                with self.cast(): loss = self.logits(self.fake.encode(x, self.t, self.cond)).mean()
+                loss.backward(inputs=[x])
+        y.backward(torch.empty_like(x))
+        self.clear(self.G)
     def logits(self, h):
         "The head as under autocast, its weights cast for the pass"
         h = self.head.fit(h)

@@ -1,0 +1,412 @@
+"""Several GPUs of one machine: SDXL in pieces (FSDP2), the ImageNet-64 step in copies (DDP), a checkpoint from many processes to one.
+
+    python tests/gpu_parallel.py run                     # all parts on all GPUs of this machine, within --limit seconds
+    python tests/gpu_parallel.py run --only imagenet64   # some parts
+    python tests/gpu_parallel.py run --tiny              # a dry run on the CPU with gloo, some minutes
+    torchrun --nproc_per_node=2 tests/gpu_parallel.py part imagenet64   # one part by hand
+
+Networks are built from their config with random weights on the GPUs; nothing is downloaded. Each part is a torchrun of its own with a time
+limit of its own, so that none can spoil another. Rows go to $OUT/parallel_gpu.json (or runs/parallel_gpu.json) as they come, a table comes last."""
+import argparse, gc, hashlib, itertools, json, math, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+from dataclasses import replace
+from pathlib import Path
+
+born = time.time()
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+import torch
+
+from dmd2_nb.core import cond_index, rng
+from dmd2_nb.denoiser import EDMPrecond
+from dmd2_nb.distill import DMD2Config
+from dmd2_nb.fused import fused
+from dmd2_nb.parallel import World, each_rank, setup
+from dmd2_nb.parallel_run import ParallelDMD2, load_parallel, save_parallel
+from dmd2_nb.train import train
+from dmd2_nb.unet import ADMUNet
+
+started = time.time()
+GiB = 2**30
+GOAL = 0.92  # of DDP from one to two GPUs
+
+
+class Rows:
+    "Results of a part: told to the driver as they come, by the first process alone"
+    def __init__(self, a, world): self.a, self.world, self.end = a, world, a.until
+    @property
+    def left(self): return self.end-time.time()
+    def __call__(self, **row):
+        row = {k: round(v, 4) if isinstance(v, float) and abs(v) >= .1 else float(f'{v:.4g}') if isinstance(v, float) else v for k, v in row.items()}
+        if self.world.main: print('ROW '+json.dumps(row), flush=True)
+        return row
+    def time_for(self, seconds):
+        "Whether that much is left: one answer for all processes"
+        return min(each_rank(self.left)) > seconds
+
+
+def sync(w):
+    if w.device.type == 'cuda': torch.cuda.synchronize()
+def fresh(w):
+    gc.collect()
+    if w.device.type == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+def peaks(w, together=True):
+    "Of each process: GiB allocated and reserved at the peak"
+    if w.device.type != 'cuda': return {}
+    mine = [torch.cuda.max_memory_allocated()/GiB, torch.cuda.max_memory_reserved()/GiB]
+    got = each_rank(mine) if together else [mine]
+    return dict(peak_gib=[round(p, 2) for p, _ in got], reserved_gib=[round(r, 2) for _, r in got])
+def small(e): return f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
+
+
+def timed(dmd, stream, cycles, w, rows=None, cycle_end=0., together=True):
+    "Seconds an iteration over whole 1:ttur cycles, nothing waited for inside a cycle; a list of one number a cycle, and the last log"
+    out, last = [], {}
+    for _ in range(cycles):
+        sync(w); t = time.perf_counter()
+        for log in train(dmd, *stream(dmd.cfg.ttur)): last = log
+        sync(w)
+        out.append((time.perf_counter()-t)/dmd.cfg.ttur)
+        if rows is not None:
+            need = max(out)*dmd.cfg.ttur+cycle_end
+            if not (rows.time_for(need) if together else rows.left > need): break
+    return out, {k: float(v) for k, v in last.items()}
+
+
+# -- ImageNet-64 --
+def network(a, device):
+    "EDM's network with random weights, nothing left at zero"
+    kw = dict(img_resolution=64, label_dim=1000, dropout=0.)
+    if a.tiny: kw |= dict(model_channels=32, num_blocks=1, channel_mult=(1, 2), img_resolution=16, attn_resolutions=(8,), label_dim=10)
+    torch.manual_seed(0)
+    with torch.device(device): net = ADMUNet(**kw)
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if p.ndim > 1 and p.std() < 1e-4: p.normal_(0, 0.02)
+    return EDMPrecond(net).eval().requires_grad_(False)
+
+
+def labelled(a, w, batch):
+    "Streams for `train`, drawn from the position for the whole batch, cut for this process"
+    n, classes, at = batch//w.size, 10 if a.tiny else 1000, itertools.count()
+    shape = (3, 16, 16) if a.tiny else (3, 64, 64)
+    def stream(steps, start=None):
+        idx = list(range(start, start+steps)) if start is not None else [next(at) for _ in range(steps)]
+        def draw(i, k): g = rng(7, i, k, device=w.device); return torch.randint(classes, (batch,), device=w.device, generator=g), g
+        conds = (draw(i, 0)[0][w.rows(n)] for i in idx)
+        def reals():
+            for i in idx:
+                y, g = draw(i, 1)
+                yield torch.randn(batch, *shape, device=w.device, generator=g).clamp(-1, 1)[w.rows(n)], y[w.rows(n)]
+        return conds, steps, reals()
+    return stream
+
+
+def edm_run(a, w, batch, mode='ddp', kind='plain', **changes):
+    net = network(a, w.device)
+    if kind == 'fused': net = net.to(memory_format=torch.channels_last)
+    fused(kind == 'fused')
+    cfg = DMD2Config(batch=batch, **dict(dtype='bfloat16') | changes)
+    dmd = ParallelDMD2.from_teacher(net, cfg, world=w, mode=mode, check_every=0)
+    if mode == 'ddp': dmd.teacher.to(dmd.dtype)
+    return dmd
+
+
+def imagenet64(a, w, rows):
+    """One GPU while the others wait, all GPUs without a word to each other, all GPUs in one run; twice, in turn.
+    Efficiency: seconds of one over seconds of all, at the same batch a GPU"""
+    each, cycles = (4, 1) if a.tiny else (40, 3)
+    alone = World(device=w.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for kind in ('plain', 'fused'):
+        if not rows.time_for(15): rows(what='left out', name=kind, error='no time left'); break
+        try:
+            seconds = dict(one=[], apart=[], ddp=[])
+            fresh(w)
+            apart, stream1 = edm_run(a, alone, each, kind=kind), labelled(a, alone, each)
+            timed(apart, stream1, 2, w)
+            mem1 = peaks(w, together=False)
+            together, stream2 = edm_run(a, w, each*w.size, kind=kind), labelled(a, w, each*w.size)
+            timed(together, stream2, 2, w)
+            for turn in range(2):
+                each_rank(0)
+                if w.main: seconds['one'] += timed(apart, stream1, cycles, w)[0]
+                each_rank(0)  # the others wait here
+                seconds['apart'] += timed(apart, stream1, cycles, w)[0]
+                each_rank(0)
+                got, log = timed(together, stream2, cycles, w)
+                seconds['ddp'] += got
+                if not rows.time_for(5*sum(map(sum, seconds.values()))): break
+            del apart; fresh(w)
+            timed(together, stream2, 1, w)
+            mem = peaks(w)
+            med = lambda v: sorted(v)[len(v)//2]
+            all_s = each_rank({k: med(v) if v else None for k, v in seconds.items()})
+            one, slow = all_s[0]['one'], {k: max(o[k] for o in all_s) for k in ('apart', 'ddp')}
+            eff = one/slow['ddp']
+            rows(what='ddp', name=kind, ranks=w.size, batch_each=each, one_s=one, apart_s=slow['apart'], ddp_s=slow['ddp'], efficiency=eff, apart_efficiency=one/slow['apart'],
+                 cycles_one=[round(v, 4) for v in each_rank(seconds['one'])[0]], cycles_ddp=[round(v, 4) for v in seconds['ddp']],
+                 images_s=each*w.size/slow['ddp'], **mem, one_peak_gib=mem1.get('peak_gib'), finite=all(math.isfinite(v) for v in log.values()), goal=GOAL, ok=eff >= GOAL)
+            del together
+        finally: fused(True); fresh(w)
+
+
+# -- SDXL, full fine-tuning --
+def sdxl_shape(a):
+    from dmd2_nb.sdxl.adapter import SDXL_UNET, TINY_SDXL
+    return (TINY_SDXL, 16, 7) if a.tiny else (SDXL_UNET, 128, 77)
+
+
+def random_weights(w):
+    "The same on all processes: named by part and parameter, with the spread of PyTorch's own layers"
+    def make(part, name, shape):
+        g = torch.Generator(w.device).manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], 'big'))
+        if len(shape) < 2: return torch.full(shape, float('norm' in name and name.endswith('weight')), device=w.device)
+        return torch.randn(shape, device=w.device, generator=g)/math.sqrt(3*math.prod(shape[1:]))
+    return make
+
+
+def sdxl_run(a, w, each, optim='adamw'):
+    "Three whole networks that no process ever holds whole when there are several; bf16 inside, recomputed activations"
+    from dmd2_nb.sdxl.adapter import EpsDenoiser, make_unet
+    from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
+    from dmd2_nb.sdxl.recipe import sdxl_config, sdxl_dmd2
+    from dmd2_nb.sdxl.roles import FullCopies
+    unet, side, tokens = sdxl_shape(a)
+    D = EpsDenoiser(make_unet(unet, device='meta'), shape=(4, side, side))
+    roles = FullCopies(D, checkpointing=True, teacher_dtype=torch.bfloat16)
+    n = each*w.size
+    cfg = replace(sdxl_config, batch=n, dtype='bfloat16')
+    pooled = unet['projection_class_embeddings_input_dim']-6*unet['addition_time_embed_dim']
+    at = itertools.count()
+    def cond(i, k):
+        g = rng(11, i, k, device=w.device)
+        r = lambda *s: torch.randn(each, *s, device=w.device, generator=g)
+        return SDXLCond(r(tokens, unet['cross_attention_dim']), r(pooled), micro_ids(each, 8*side, device=w.device))
+    def stream(steps):
+        idx = [next(at)*w.size+w.rank for _ in range(steps)]
+        x = lambda i: torch.randn(each, 4, side, side, device=w.device, generator=rng(11, i, 2, device=w.device))
+        return (cond(i, 0) for i in idx), steps, ((x(i), cond(i, 1)) for i in idx)
+    dmd = sdxl_dmd2(roles, cfg, cond(0, 0), make=ParallelDMD2, world=w, mode='fsdp', weights=random_weights(w), check_every=0)
+    if optim == 'sgd':  # no averages: 16 bytes a parameter less, for the card that cannot hold them
+        for n in ('opt_g', 'opt_fake'):
+            groups = [dict(params=g['params'], lr=g['lr'], base_lr=g['base_lr']) for g in getattr(dmd, n).param_groups]
+            setattr(dmd, n, torch.optim.SGD(groups, foreach=False))
+            getattr(dmd, n).register_step_post_hook(lambda opt, *args: opt.zero_grad(set_to_none=True))
+    return dmd, stream
+
+
+def sdxl_row(a, w, rows, each, optim, iters):
+    "One setup, measured; memory of a whole cycle after the warm-up, and of the whole run"
+    fresh(w); t = time.perf_counter()
+    dmd, stream = sdxl_run(a, w, each, optim)
+    sync(w); built = time.perf_counter()-t
+    rest = torch.cuda.memory_allocated()/GiB if w.device.type == 'cuda' else 0.
+    ttur, t = dmd.cfg.ttur, time.perf_counter()
+    timed(dmd, stream, 1, w); first = time.perf_counter()-t
+    timed(dmd, stream, 1, w)
+    seconds, log = timed(dmd, stream, max(1, iters//ttur), w, rows, 12, w.many)
+    mem = peaks(w, w.many)
+    if w.many: seconds = [max(o) for o in zip(*each_rank(seconds))]
+    return rows(what='sdxl', name=f'{optim}', ranks=w.size, batch_each=each, px=8*dmd.shape[-1], optim=optim, iterations=len(seconds)*ttur, s_per_iteration=sum(seconds)/len(seconds),
+                s_best_cycle=min(seconds), images_s=each*w.size/(sum(seconds)/len(seconds)), **mem, at_start_gib=rest, built_s=built, first_cycle_s=first,
+                finite=all(math.isfinite(v) for v in log.values()), log={k: float(f'{v:.4g}') for k, v in log.items()})
+
+
+def sdxl(a, w, rows):
+    "Batch 2 a GPU, 1024 px, 30 iterations"
+    sdxl_row(a, w, rows, 2, 'adamw', 10 if a.tiny else 30)
+
+
+def sdxl_plain(a, w, rows):
+    "The same without AdamW's averages, to compare with one GPU that has no room for them"
+    sdxl_row(a, w, rows, 2, 'sgd', 5 if a.tiny else 10)
+
+
+def sdxl_one(a, w, rows):
+    "On one GPU: batch 2, then 1, then 2 without AdamW's averages"
+    for each, optim, iters in ((2, 'adamw', 10), (1, 'adamw', 10), (2, 'sgd', 10)):
+        if rows.left < 25: rows(what='left out', name=f'{optim}, batch {each}', error='no time left'); break
+        try:
+            sdxl_row(a, w, rows, each, optim, 5 if a.tiny else iters)
+            if optim == 'adamw' and each == 2 and not a.tiny:  # it fits: the averages may stay
+                break
+        except torch.OutOfMemoryError as e:
+            rows(what='no room', name=f'{optim}, batch {each}', ranks=1, batch_each=each, optim=optim, total_gib=torch.cuda.get_device_properties(0).total_memory/GiB, **peaks(w, False), error=small(e))
+            e.__traceback__ = None; del e
+        fresh(w)
+
+
+# -- a checkpoint of many processes goes on in one --
+def resume(a, w, rows):
+    """Five iterations on all GPUs, saved; five more on all, and the same five on the first alone with the whole batch, in bf16 and in float32.
+    bf16's error is how far the one GPU in bf16 is from itself in float32, or a step of bf16 where that is more; two runs with such errors may lie twice that apart"""
+    batch, n, base = (4 if a.tiny else 16)*w.size, 5, Path(a.folder)
+    changes = dict(warmup_fake=0, ttur=1, lr_g=1e-5, lr_fake=1e-5, lr_head=1e-5)
+    take = lambda dmd, stream, start: [{k: float(v) for k, v in o.items()} for o in train(dmd, *stream(n, start))]
+    def gaps(x, y):
+        scale = {k: max(abs(o[k]) for o in x+y if k in o) for k in set().union(*x)}
+        return {k: max(abs(p[k]-q[k]) for p, q in zip(x, y) if k in p)/max(s, 1e-9) for k, s in sorted(scale.items())}
+    for mode in ('fsdp', 'ddp'):
+        if not rows.time_for(5 if a.tiny else 30): rows(what='left out', name=mode, error='no time left'); break
+        fresh(w); t = time.perf_counter()
+        many, stream = edm_run(a, w, batch, mode, **changes), labelled(a, w, batch)
+        take(many, stream, 0)
+        ready = time.perf_counter()-t; t = time.perf_counter()
+        save_parallel(many, base/mode, position=n)
+        saved = time.perf_counter()-t
+        after = take(many, stream, n)
+        del many; fresh(w)
+        if w.main:
+            files = [f for f in (base/mode).rglob('*') if f.is_file()]
+            alone, got, loaded = World(device=w.device), {}, []
+            for dtype in ('bfloat16', 'float32'):
+                t = time.perf_counter()
+                one = edm_run(a, alone, batch, 'fsdp' if dtype == 'float32' else mode, **changes)
+                at = load_parallel(one, base/mode)['position']
+                loaded.append(time.perf_counter()-t)
+                one.dtype = getattr(torch, dtype)
+                tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+                if dtype == 'float32': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+                got[dtype] = take(one, labelled(a, alone, batch), at)
+                torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+                del one; fresh(w)
+            off, own = gaps(after, got['bfloat16']), gaps(got['float32'], got['bfloat16'])
+            losses = {k: max(own[k], 2**-8) for k in off if k.endswith('loss')}
+            short = lambda d: {k: float(f'{v:.3g}') for k, v in d.items()}
+            rows(what='resume', name=mode, ranks=w.size, batch=batch, step=at, files=sorted({f.suffix for f in files}), gb=sum(f.stat().st_size for f in files)/1e9, built_s=ready, save_s=saved,
+                 load_s=loaded[0], loss_gap=max(off[k] for k in losses), bf16_error=max(losses.values()), ratio=max(off[k]/e for k, e in losses.items()),
+                 ok=all(off[k] <= 2*e for k, e in losses.items()), gaps=short(off), errors=short(own), many=[o['fake_loss'] for o in after], one=[o['fake_loss'] for o in got['bfloat16']])
+        each_rank(0)
+
+
+def hello(a, w, rows):
+    "What there is, and how fast gradients meet"
+    import torch.distributed as dist
+    x = torch.ones(2**20 if a.tiny else 2**28, device=w.device)
+    if w.many:
+        for _ in range(3): dist.all_reduce(x)
+        sync(w); t = time.perf_counter()
+        for _ in range(5): dist.all_reduce(x)
+        sync(w); s = (time.perf_counter()-t)/5
+    name = torch.cuda.get_device_name() if w.device.type == 'cuda' else 'cpu'
+    rows(what='cards', name=name, ranks=w.size, cards=each_rank(name), torch=torch.__version__, imports_s=started-born,
+         **(dict(all_reduce_gb_s=2*(w.size-1)/w.size*x.nbytes/s/1e9, sum_ok=bool((x == float(w.size)**8).all())) if w.many else {}))
+
+
+# Name -> function, seconds at most, processes (None: all), the least worth starting
+PARTS = dict(hello=(hello, 50, None, 10), imagenet64=(imagenet64, 110, None, 30), sdxl=(sdxl, 150, None, 60), sdxl_one=(sdxl_one, 130, 1, 40),
+             resume=(resume, 110, None, 40), sdxl_plain=(sdxl_plain, 75, None, 40))
+
+
+def part(a):
+    "Under torchrun: one part"
+    device = 'cuda' if torch.cuda.is_available() and not a.tiny else 'cpu'
+    if a.tiny: torch.set_num_threads(1)
+    with setup(device, timeout=120) as w:
+        rows = Rows(a, w)
+        t = time.perf_counter()
+        try: PARTS[a.name][0](a, w, rows)
+        except Exception as e:
+            at = traceback.extract_tb(e.__traceback__)[-1]
+            print('ROW '+json.dumps(dict(what='failed', name=a.name, rank=w.rank, error=f'{small(e)} ({Path(at.filename).name}:{at.lineno})', trace=traceback.format_exc()[-1500:])), flush=True)
+            if w.many: os._exit(1)  # the others may wait in a collective: torchrun stops them
+            raise
+        rows(what='end', name=a.name, seconds=time.perf_counter()-t)
+
+
+def drive(name, a, n, end, note, folder):
+    "One torchrun, its rows as they come; killed when its time is up"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = dict(os.environ, NCCL_NVLS_ENABLE='0', TORCH_SYMM_MEM_DISABLE_MULTICAST='1', NVSHMEM_DISABLE_NVLS='1', PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
+    if Path('/sys/class/net/lo').exists(): env.setdefault('GLOO_SOCKET_IFNAME', 'lo')  # a machine without network may not know its own name
+    env.setdefault('OMP_NUM_THREADS', '1' if a.tiny else str(max(1, (os.cpu_count() or 1)//n)))
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1', f'--nproc_per_node={n}', '--master_addr=127.0.0.1', f'--master_port={port}',
+           __file__, 'part', name, '--until', str(end), '--folder', folder]+['--tiny']*a.tiny
+    err = tempfile.TemporaryFile('w+')
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
+    late = []
+    def stop():
+        late.append(True)
+        try: os.killpg(p.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+    timer = threading.Timer(max(end+5-time.time(), 1), stop)
+    timer.daemon = True; timer.start()
+    got = []
+    try:
+        for l in p.stdout:
+            if not l.startswith('ROW '): continue
+            r = dict(part=name)|json.loads(l[4:])
+            got.append(r); note(r)
+    finally: p.wait(); timer.cancel()
+    if not any(r['what'] in ('end', 'failed') for r in got):
+        err.seek(0)
+        lines = [l for l in err.read().strip().splitlines() if l.strip()]
+        why = next((l for l in reversed(lines) if 'Error' in l or 'error' in l), lines[-1] if lines else '')
+        note(dict(part=name, what='failed', name=name, error=f"{'out of time' if late else f'exit code {p.returncode}'}: {why[:300]}", trace='\n'.join(lines[-12:])[-1500:]))
+
+
+def line(r):
+    num = lambda v: f'{v:.3f}' if isinstance(v, float) else str(v)
+    return f"{r['what']} {r.get('name', '')}: "+', '.join(f'{k} {num(v)}' for k, v in r.items() if k not in ('part', 'what', 'name', 'trace', 'log', 'gaps', 'errors', 'many', 'one', 'cycles_one', 'cycles_ddp'))
+
+
+def table(rows):
+    of = lambda what: [r for r in rows if r['what'] == what]
+    gib = lambda r: ' '.join(f'{v:.1f}' for v in r.get('peak_gib') or []) or '-'
+    print('\nSDXL, three whole networks, 1024 px')
+    print(f"{'GPUs':>5}{'batch each':>11}{'optimiser':>11}{'iterations':>11}{'s/iteration':>12}{'images/s':>9}  peak GiB of each")
+    for r in of('sdxl'): print(f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f}  {gib(r)}{'' if r['finite'] else '  NOT FINITE'}")
+    for r in of('no room'): print(f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}   no room on a card of {r['total_gib']:.0f} GiB")
+    print('ImageNet-64, copies')
+    for r in of('ddp'): print(f"  {r['name']}: one {1e3*r['one_s']:.0f} ms, {r['ranks']} apart {1e3*r['apart_s']:.0f} ms, {r['ranks']} in one run {1e3*r['ddp_s']:.0f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), peak GiB {gib(r)}")
+    print('Saved on all, resumed on one')
+    for r in of('resume'): print(f"  {r['name']}: {r['gb']:.2f} GB, saved in {r['save_s']:.1f} s, largest relative gap of a loss {r['loss_gap']:.2e}, bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} (at most 2: {'yes' if r['ok'] else 'no'})")
+    for r in of('failed')+of('left out'): print(f"  {r['what']}: {r['part']} {r['name']}: {r['error'][:200]}")
+
+
+def run(a):
+    n = a.ranks or (2 if a.tiny else torch.cuda.device_count())
+    folder = Path(os.environ.get('OUT') or root/'runs')
+    folder.mkdir(parents=True, exist_ok=True)
+    start, rows, scratch = time.time(), [], tempfile.mkdtemp()
+    def note(r):
+        rows.append(r)
+        (folder/'parallel_gpu.json').write_text(json.dumps(dict(ranks=n, tiny=a.tiny, began=time.strftime('%Y-%m-%d', time.gmtime(start)), rows=rows), indent=1)+'\n')
+        print(f'[{time.time()-start:4.0f} s] {r["part"]}: {line(r)}', flush=True)
+    try:
+        for name in [o for o in a.only.split(',') if o] or list(PARTS):
+            _, most, ranks, least = PARTS[name]
+            if name == 'sdxl_plain' and not a.tiny and any(r['what'] == 'sdxl' and r['ranks'] == 1 and r['optim'] == 'adamw' and r['batch_each'] == 2 for r in rows): continue
+            left = a.limit-(time.time()-start)
+            if left < least: note(dict(part=name, what='left out', name=name, error=f'{left:.0f} s left')); continue
+            try: drive(name, a, ranks or n, time.time()+min(most*(4 if a.tiny else 1), left-8), note, scratch)
+            except Exception as e: note(dict(part=name, what='failed', name=name, error=small(e)))
+    finally: shutil.rmtree(scratch, ignore_errors=True)
+    table(rows)
+    print(f'all: {time.time()-start:.0f} s; rows in {folder/"parallel_gpu.json"}')
+    return any(r['what'] in ('failed', 'left out') for r in rows)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('what', choices=('run', 'part'))
+    p.add_argument('name', nargs='?', choices=tuple(PARTS))
+    p.add_argument('--only', default='', help='parts, separated by commas: '+', '.join(PARTS))
+    p.add_argument('--tiny', action='store_true', help='toy networks on the CPU, gloo')
+    p.add_argument('--ranks', type=int, help='processes; all GPUs when absent')
+    p.add_argument('--limit', type=float, default=470, help='seconds after which nothing goes on')
+    p.add_argument('--until', type=float, default=float('inf'), help=argparse.SUPPRESS)
+    p.add_argument('--folder', help='for the part resume: where its checkpoints go')
+    a = p.parse_args()
+    if a.what == 'part':
+        if not a.name: p.error(f'which part? {", ".join(PARTS)}')
+        a.until = a.until if a.until < 1e12 else time.time()+PARTS[a.name][1]
+        if a.name == 'resume' and not a.folder: p.error('resume needs --folder, a place for its checkpoints')
+        return part(a)
+    if bad := [o for o in a.only.split(',') if o and o not in PARTS]: p.error(f'unknown parts: {", ".join(bad)}; known are {", ".join(PARTS)}')
+    if a.tiny: a.limit = max(a.limit, 900)
+    elif torch.cuda.device_count() < 2: p.error('fewer than two GPUs here: use --tiny for a dry run')
+    if run(a): sys.exit(1)
+
+
+if __name__ == '__main__': main()
