@@ -48,6 +48,7 @@ class TeacherPairs:
 
     def at(self, i): return self.z[i], self.x[i], cond_index(self.conds, i) # Pairs number `i`
 
+# %% ../nbs/13b_regression.ipynb #87e12b69
 def regression_loss(
     G,            # Generator
     z:Tensor,     # Unit noise of the pairs, (b, *dims)
