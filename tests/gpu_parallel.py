@@ -20,6 +20,7 @@ from dmd2_nb.core import cond_index, rng
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2Config
 from dmd2_nb.fused import fused
+from dmd2_nb.launch import launch
 from dmd2_nb.parallel import World, each_rank, setup
 from dmd2_nb.parallel_run import ParallelDMD2, load_parallel, save_parallel
 from dmd2_nb.train import train
@@ -279,6 +280,39 @@ def resume(a, w, rows):
         each_rank(0)
 
 
+# -- a start from a notebook --
+def toy(device, mode):
+    "A short run on points, for `launch`: it brings its own imports"
+    from dataclasses import replace
+    from itertools import count
+    import torch
+    from dmd2_nb.denoiser import EDMPrecond
+    from dmd2_nb.distill import toy_config
+    from dmd2_nb.nets import ToyNet
+    from dmd2_nb.parallel import setup
+    from dmd2_nb.parallel_run import ParallelDMD2
+    from dmd2_nb.train import train
+    cfg = replace(toy_config, batch=32, levels=(10., 2.), gan_g=1e-2, gan_d=1e-2, ttur=2, warmup_fake=2, dtype='float32')
+    with setup(device) as w:
+        torch.manual_seed(0)
+        net = EDMPrecond(ToyNet(width=32)).to(w.device)
+        dmd = ParallelDMD2.from_teacher(net, cfg, init=net, world=w, mode=mode, check_every=1)
+        reals = ((torch.randn(32, 2, generator=torch.Generator().manual_seed(i)).to(w.device)[w.rows(dmd.batch)], None) for i in count())
+        return dict(device=str(w.device), losses=[float(o['fake_loss']) for o in train(dmd, None, 8, reals)])
+
+
+def notebook(a, w, rows):
+    "As from a notebook: this process has used its GPU before it starts one process for each"
+    n = 2 if w.device.type == 'cpu' else torch.cuda.device_count()
+    torch.zeros(1, device=w.device)
+    one = launch(toy, 1, w.device.type, 'ddp', timeout=60)[0]
+    for mode in ('ddp', 'fsdp'):
+        t = time.perf_counter()
+        many = launch(toy, n, w.device.type, mode, timeout=60)
+        gap = max(abs(x-y)/abs(x) for x, y in zip(one['losses'], many[0]['losses']))
+        rows(what='launch', name=mode, ranks=n, devices=[o['device'] for o in many], loss_gap=gap, seconds=time.perf_counter()-t, ok=gap < 1e-4)
+
+
 def hello(a, w, rows):
     "What there is, and how fast gradients meet"
     import torch.distributed as dist
@@ -293,9 +327,9 @@ def hello(a, w, rows):
          **(dict(all_reduce_gb_s=2*(w.size-1)/w.size*x.nbytes/s/1e9, sum_ok=bool((x == float(w.size)**8).all())) if w.many else {}))
 
 
-# Name -> function, seconds at most, processes (None: all), the least worth starting
+# Name -> function, seconds at most, processes (None: all; 1: without torchrun), the least worth starting
 PARTS = dict(hello=(hello, 50, None, 10), imagenet64=(imagenet64, 110, None, 30), sdxl=(sdxl, 150, None, 60), sdxl_one=(sdxl_one, 130, 1, 40),
-             resume=(resume, 110, None, 40), sdxl_plain=(sdxl_plain, 75, None, 40))
+             resume=(resume, 110, None, 40), sdxl_plain=(sdxl_plain, 75, None, 40), notebook=(notebook, 60, 1, 25))
 
 
 def part(a):
@@ -320,8 +354,8 @@ def drive(name, a, n, end, note, folder):
     env = dict(os.environ, NCCL_NVLS_ENABLE='0', TORCH_SYMM_MEM_DISABLE_MULTICAST='1', NVSHMEM_DISABLE_NVLS='1', PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True')
     if Path('/sys/class/net/lo').exists(): env.setdefault('GLOO_SOCKET_IFNAME', 'lo')  # a machine without network may not know its own name
     env.setdefault('OMP_NUM_THREADS', '1' if a.tiny else str(max(1, (os.cpu_count() or 1)//n)))
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=1', f'--nproc_per_node={n}', '--master_addr=127.0.0.1', f'--master_port={port}',
-           __file__, 'part', name, '--until', str(end), '--folder', folder]+['--tiny']*a.tiny
+    torchrun = ['-m', 'torch.distributed.run', '--nnodes=1', f'--nproc_per_node={n}', '--master_addr=127.0.0.1', f'--master_port={port}']
+    cmd = [sys.executable, *(torchrun if n > 1 else []), __file__, 'part', name, '--until', str(end), '--folder', folder]+['--tiny']*a.tiny
     err = tempfile.TemporaryFile('w+')
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=err, text=True, env=env, start_new_session=True)
     late = []
@@ -361,6 +395,7 @@ def table(rows):
     for r in of('ddp'): print(f"  {r['name']}: one {1e3*r['one_s']:.0f} ms, {r['ranks']} apart {1e3*r['apart_s']:.0f} ms, {r['ranks']} in one run {1e3*r['ddp_s']:.0f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), peak GiB {gib(r)}")
     print('Saved on all, resumed on one')
     for r in of('resume'): print(f"  {r['name']}: {r['gb']:.2f} GB, saved in {r['save_s']:.1f} s, largest relative gap of a loss {r['loss_gap']:.2e}, bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} (at most 2: {'yes' if r['ok'] else 'no'})")
+    for r in of('launch'): print(f"Started as from a notebook, {r['name']}: {r['ranks']} processes on {', '.join(r['devices'])}, losses off one process's by {r['loss_gap']:.1e} ({'yes' if r['ok'] else 'no'})")
     for r in of('failed')+of('left out'): print(f"  {r['what']}: {r['part']} {r['name']}: {r['error'][:200]}")
 
 

@@ -147,7 +147,9 @@ def test_command_line(tmp_path, double):
     assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=200) == [0, 0]
     one, two = (read_log(tmp_path/n/'log.csv') for n in ('one', 'two'))
     assert len(one) == len(two) > 0 and {p.name for p in tmp_path.iterdir()} == {'one', 'two', 'teacher.safetensors'}
+    whole = {'critic_lag', 'ema_dist'}  # looked at only where one process has the whole run
     for a, b in zip(one, two):
+        a, b = ({k: v for k, v in o.items() if k not in whole} for o in (a, b))
         assert a.keys() == b.keys()
         for k in a.keys()-{'seconds'}: assert abs(a[k]-b[k]) < 1e-3*(1+abs(a[k])), k
 
