@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from .signals import Signals
+
 # %% ../nbs/90_cli.ipynb #54e931c7
 COMMANDS = {} # Name without `dmd2_` -> function
 
@@ -22,10 +24,12 @@ def command(name): # Its name in a shell
     def wrap(f):
         @wraps(f)
         def main(argv=None)->int: # Exit code
-            try: f(sys.argv[1:] if argv is None else list(argv)); return 0
-            except KeyboardInterrupt:
-                print(f'\n{name}: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
-                return 130
+            try:
+                with Signals(at_once=True): f(sys.argv[1:] if argv is None else list(argv))
+                return 0
+            except KeyboardInterrupt as e:
+                print(f'\n{name}: {str(e) or "stopped"}; the same command goes on from the last checkpoint', file=sys.stderr)
+                return getattr(e, 'code', 130)
             except Exception as e:
                 if os.environ.get('DMD2_NB_DEBUG') or not (isinstance(e, (ValueError, TypeError, OSError, ImportError)) or type(e).__name__=='SafetensorError'): raise
                 print(f'\r{name}: {" ".join((str(e) or type(e).__name__).split())}', file=sys.stderr)
@@ -179,6 +183,7 @@ def distill_main(argv): # Words of the command line
     p.add_argument('--rollout', help='inputs of later steps: sim, real or mix')
     p.add_argument('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
     p.add_argument('--keep-every', type=int, help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep')
+    p.add_argument('--guard', default='stop', help='after an alarm: stop, rollback (to the last good checkpoint, with half of the learning rates), or off')
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
     p.add_argument('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
     p.add_argument('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
@@ -193,7 +198,7 @@ def distill_main(argv): # Words of the command line
     r = with_reference(_recipe(a), a.reference)
     with setup(a.device, timeout=7200) as world:  # the others wait while the first process evaluates
         run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
-                          keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, **changes)
+                          keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, guard=a.guard, **changes)
         if world.main: _report(run, 'generator.safetensors')
 
 # %% ../nbs/90_cli.ipynb #0a78d5d9
@@ -212,13 +217,11 @@ def sample_main(argv): # Words of the command line
     "Draw samples into a picture"
     p = _Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
     p.add_argument('source', nargs='?', default='fashion16_1step', help='run folder, .safetensors file, or name of bundled weights')
-    p.add_argument('--n', type=int, default=16, help='how many')
-    p.add_argument('--label', help='class, by name or number; random classes when absent')
+    p.add_argument('--n', type=int, default=16, help='how many'); p.add_argument('--label', help='class, by name or number; random classes when absent')
     p.add_argument('--style', help='style, by name or number')
     p.add_argument('--seed', type=int, default=0); p.add_argument('--steps', type=int, help='Heun steps, for a teacher')
     p.add_argument('--scale', type=int, help='pixels for one pixel; by default so many that a sample is 64 wide')
-    p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
-    p.add_argument('--device', default='cpu')
+    p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes'); p.add_argument('--device', default='cpu')
     a = p.parse_args(argv)
     _at_least(1, n=a.n, steps=a.steps, scale=a.scale)
     if Path(a.out).suffix not in ('.png', '.npz'): raise ValueError(f'--out {a.out}: expected .png or .npz')

@@ -9,7 +9,7 @@ __all__ = ['read_prompts', 'coco_captions', 'generate', 'Photographs', 'distance
 # %% ../nbs/37_coco_eval.ipynb #e843b705
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 import csv, hashlib, json, os, time
 
 import torch
@@ -136,7 +136,7 @@ def latency(
     prompts:list,  # Texts to draw, one after another
     n:int=5,       # Timed pictures
     warmup:int=2,  # Pictures before
-)->float: # Seconds
+)->tuple: # (seconds, standard error)
     "Median time of one picture by itself"
     times = []
     for i in range(warmup+n):
@@ -145,7 +145,8 @@ def latency(
         draw([prompts[i%len(prompts)]], [i])
         if torch.cuda.is_available(): torch.cuda.synchronize()
         times.append(time.perf_counter()-t)
-    return median(times[warmup:])
+    t = times[warmup:]
+    return median(t), 1.25*stdev(t)/n**.5 if n>1 else 0.  # a median scatters 1.25 times as much as a mean
 
 # %% ../nbs/37_coco_eval.ipynb #02762cb2
 def evaluate_prompts(
@@ -174,7 +175,8 @@ def evaluate_prompts(
         if lpips:
             some = diverse or prompts[:128]
             row['lpips'],row['lpips_se'] = lpips_diversity(generate(draw, some, out/name/'diversity', each=4, model=name, **opts), lpips)
-        if timed: row['seconds'] = latency(draw, prompts, timed)
+            row['lpips_n'] = len(some)
+        if timed: row['seconds'],row['seconds_se'] = latency(draw, prompts, timed)
         if isinstance(m, Preset): row['evaluations'] = m.evaluations
         rows[name] = row
         write_text(out/name/'row.json', json.dumps(row, indent=1))

@@ -8,12 +8,12 @@ __all__ = ['toy_config', 'DMD2Config', 'DMD2', 'trainable', 'calibrate_gan_weigh
 # %% ../nbs/14_distill.ipynb #d97489ed
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn, Tensor
 
-from .core import EMA, append_dims, at_least_float32, compute_dtype, cond_cat, cond_len, frozen, rng
+from .core import EMA, append_dims, at_least_float32, checked, compute_dtype, cond_cat, cond_len, frozen, rng
 from .denoiser import Guided
 from .noise import add_noise, check_sigmas, sample_sigma
 from .dmd import dmd_loss
@@ -69,9 +69,7 @@ class DMD2Config:
     @classmethod
     def from_dict(cls, d:dict):
         "Config from JSON; unknown names are refused by name"
-        unknown = sorted(set(d)-{f.name for f in fields(cls)})
-        if unknown: raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}")
-        return cls(**d)
+        return cls(**checked(cls, d))
 
 # %% ../nbs/14_distill.ipynb #8b7a8786
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),

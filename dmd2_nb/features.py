@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .assets import cache_folder, check_sha256, data_path, sha256
-from .checkpoint import load_into, read_tensors
+from .checkpoint import check_fit, load_into, read_tensors
 from .feature_nets import Lite0, SmallClassifier
 from .images import open_images, to_uint8
 
@@ -92,6 +92,10 @@ def small_classifier(
     tensors,md = read_tensors(path)
     try: config = json.loads(md['classifier'])
     except (KeyError, ValueError): raise ValueError(f'{path}: has no classifier in its metadata') from None
+    try:
+        with torch.device('meta'): empty = SmallClassifier(**config)
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f'{path}: its classifier cannot be built ({e})') from None
+    check_fit(empty.state_dict(), tensors, path)
     net = SmallClassifier(**config)
     load_into(net, {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
     return Features(net.to(device), 'small_classifier', config['channels'], batch)

@@ -6,13 +6,11 @@
 __all__ = ['trailing_timesteps', 'euler_sample', 'pair_noise', 'teacher_pairs', 'decoder', 'regression_pretrain']
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #eab47c26
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import load_folder, load_into, load_optim, optim_tensors, save_folder
+from ..checkpoint import load_folder, load_into, load_optim, newest, optim_tensors, save_folder
 from ..core import cond_cat, cond_to, compute_dtype, rng
 from ..distill import trainable
 from ..noise import check_sigmas, prior
@@ -97,7 +95,7 @@ def regression_pretrain(
     if dtype==torch.float16: raise ValueError('regression_pretrain has no loss scaling: dtype must be bfloat16 or float32')
     if len(pairs)<batch: raise ValueError(f'{len(pairs)} pairs are fewer than a batch of {batch}')
     run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed']),0
-    if folder and (Path(folder)/'state.json').is_file(): at = _resume(G, opt, folder, run)
+    if folder and newest(folder): at = _resume(G, opt, folder, run)
     for step,idx in zip(range(at, steps), shuffled(len(pairs), batch, seed, at)):
         x,c,_ = pairs.items(idx)
         z,c = torch.cat([pair_noise(x.shape[1:], i, run['pair_seed']) for i in idx]).to(device),cond_to(c, device, torch.float32)

@@ -8,12 +8,12 @@ __all__ = ['sdxl_config', 'sdxl_lora_config', 'sdxl_1step_config', 'sd15_config'
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #7826d206
 from dataclasses import replace
-from pathlib import Path
 import warnings
 
 import torch
 from torch import nn, Tensor
 
+from ..checkpoint import newest
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
 from ..sampling import few_step_states
@@ -91,7 +91,7 @@ def distill_sdxl(
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
     "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
-    if folder and (Path(folder)/'state.json').is_file(): load(dmd, folder)
+    if folder and newest(folder): load(dmd, folder)
     if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
     n,seed,at = dmd.cfg.batch,dmd.cfg.seed,dmd.step
     conds = prompts.batches(n, seed, at, dmd.device)
