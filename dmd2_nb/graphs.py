@@ -45,7 +45,7 @@ class CudaGraph:
 # %% ../nbs/14c_graphs.ipynb #b8fb8736
 class GraphedDMD2(DMD2):
     "`DMD2` whose generator and critic updates replay as CUDA graphs; the loop around it is the same"
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs): # As for `DMD2`
         self.capturable = True
         self._slots,self._slot,self._pool = {},None,None
         super().__init__(*args, **kwargs)

@@ -25,7 +25,7 @@ class TeacherPairs:
         conds=None,      # Conditions of the pairs, a tree with n rows
         seed:int=0,      # Pair `i` depends on seed and batch only
         batch:int=1024,  # Noises sent through the teacher at once
-        device='cpu',
+        device='cpu',    # Where it works
         distance=None,   # What the loss compares with, as for `regression_loss`
     ):
         if n<1: raise ValueError(f'n must be at least 1, got {n}')
