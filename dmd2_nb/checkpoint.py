@@ -30,7 +30,7 @@ def naming(
 
 # %% ../nbs/14a_checkpoint.ipynb #3757d7c2
 @contextmanager
-def making(folder):
+def making(folder): # Where the files come to lie
     "Make a folder and its parents; those that are new and still empty go again when something fails in between"
     folder = Path(folder)
     if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f'{folder} is a file, not a folder')
@@ -58,13 +58,13 @@ def one_move(
             with suppress(OSError): tmp.unlink()
             raise
 
-def fsync(path):
+def fsync(path): # File or folder
     "Bring a file or folder to the disk"
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def write_text(path, text:str):
+def write_text(path, text:str): # File, and what it will hold
     "Write a text file in one move"
     with one_move(path) as tmp: tmp.write_text(text, encoding='utf-8')
 
@@ -110,7 +110,7 @@ def _signed(state, sums):
     d['sha256']['state.json'] = hashlib.sha256(json.dumps(d).encode()).hexdigest()
     return json.dumps(d, indent=1)
 
-def recover(folder):
+def recover(folder): # A checkpoint's folder
     "Tidy up after a save that was killed: between its two renames the folder lay under another name"
     folder = Path(folder)
     if not folder.exists():
@@ -125,7 +125,7 @@ class Damaged(ValueError):
 
 def read_tensors(
     path, # A .safetensors file
-    device='cpu',
+    device='cpu', # Where the tensors go
 ): # `(tensors, metadata)`
     "Tensors and metadata of one file; one clear error for a missing or damaged one"
     with _opened(path, device) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
@@ -265,7 +265,7 @@ def optim_tensors(opt): # `(tensors, groups)`
     return ({f'{i}.{k}': torch.as_tensor(v) for i,s in sd['state'].items() for k,v in s.items()},
             [{k: list(v) if isinstance(v, tuple) else v.item() if isinstance(v, Tensor) else v for k,v in g.items()} for g in sd['param_groups']])
 
-def load_optim(opt, tensors:dict, groups:list):
+def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and settings as `optim_tensors` gave them
     "Put back what `optim_tensors` took"
     state = {}
     for name,v in tensors.items():

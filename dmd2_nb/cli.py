@@ -19,7 +19,7 @@ from .signals import Signals
 # %% ../nbs/90_cli.ipynb #54e931c7
 COMMANDS = {} # Name without `dmd2_` -> function
 
-def command(name):
+def command(name): # Its name in a shell
     "Turn bad input into one line and exit code 2"
     def wrap(f):
         @wraps(f)
@@ -117,7 +117,7 @@ def _figure(n, rows, blocks):
     return plt.subplots(blocks, 1, figsize=(0.8*n, blocks*(0.8*rows+0.6)), dpi=72, layout='constrained', squeeze=False)[1].ravel()
 
 # %% ../nbs/90_cli.ipynb #d847a378
-def draw_grid(path, images, data, conds):
+def draw_grid(path, images, data, conds): # File to write; bytes; the `ImageData` that knows the names; condition of each image
     "A sheet of samples, a class a column"
     n = _columns(data)
     axs = _figure(n, len(images)/n, 1)
@@ -125,7 +125,7 @@ def draw_grid(path, images, data, conds):
     save_figure(axs, path)
 
 # %% ../nbs/90_cli.ipynb #ed3ed00e
-def draw_curves(path, rows, names):
+def draw_curves(path, rows, names): # File to write; rows of a log; columns to draw, in one text
     "Small plots of a log"
     from dmd2_nb.plot import axes_row
     names = [k for k in names.split() if sum(k in o for o in rows)>1]
@@ -137,7 +137,7 @@ def draw_curves(path, rows, names):
     save_figure(axs, path)
 
 # %% ../nbs/90_cli.ipynb #239f182c
-def draw_pairs(path, above, below, data, conds, steps, levels):
+def draw_pairs(path, above, below, data, conds, steps, levels): # File to write; two sets of bytes; data and conditions; evaluations of each
     "Teacher above, generator below, from the same noise and labels"
     n,names = _columns(data),_captions(data, conds)
     axs = _figure(n, len(above)/n, 2)
@@ -149,7 +149,7 @@ PICTURES = dict(grid=draw_grid, curves=draw_curves, pairs=draw_pairs)
 
 # %% ../nbs/90_cli.ipynb #14b0811e
 @command('dmd2_train_teacher')
-def train_teacher_main(argv):
+def train_teacher_main(argv): # Words of the command line
     "Train the teacher of a recipe"
     p = _Parser('dmd2_train_teacher', 'Train a class-conditional EDM teacher')
     _run_options(p)
@@ -171,7 +171,7 @@ def _report(run, file):
 
 # %% ../nbs/90_cli.ipynb #b63e41c9
 @command('dmd2_distill')
-def distill_main(argv):
+def distill_main(argv): # Words of the command line
     "Distil a teacher"
     p = _Parser('dmd2_distill', 'Distil a diffusion teacher into a one- or few-step generator')
     _run_options(p)
@@ -213,7 +213,7 @@ def main(argv=None)->int: # Exit code
 
 # %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample')
-def sample_main(argv):
+def sample_main(argv): # Words of the command line
     "Draw samples into a picture"
     p = _Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
     p.add_argument('source', nargs='?', default='fashion16_1step', help='run folder, .safetensors file, or name of bundled weights')
@@ -235,7 +235,7 @@ def sample_main(argv):
     print(f'{a.n} samples in {a.out}')
 
 # %% ../nbs/90_cli.ipynb #2dba5cee
-def save_sheet(images, path, scale=None):
+def save_sheet(images, path, scale=None): # Bytes; file to write; pixels a pixel is drawn with, chosen when absent
     "Images side by side, pixel by pixel"
     from PIL import Image
     from dmd2_nb.checkpoint import one_move
@@ -246,7 +246,7 @@ def save_sheet(images, path, scale=None):
 
 # %% ../nbs/90_cli.ipynb #002cd816
 @command('dmd2_evaluate')
-def evaluate_main(argv):
+def evaluate_main(argv): # Words of the command line
     "Measure generators, teachers or image sets against real images"
     p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor')
     p.add_argument('sources', nargs='+', help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images')
@@ -273,7 +273,7 @@ def evaluate_main(argv):
 
 # %% ../nbs/90_cli.ipynb #715be67e
 @command('dmd2_prepare')
-def prepare_main(argv):
+def prepare_main(argv): # Words of the command line
     "Turn a folder of images into the zip that training reads"
     p = _Parser('dmd2_prepare', "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes")
     p.add_argument('source', help='folder with one subfolder per class')

@@ -66,7 +66,7 @@ def generate(
     draw,           # `draw(prompts, seeds) -> uint8 (n, 3, h, w)`
     prompts:list,   # Texts
     out,            # Folder for the pictures
-    seed:int=0,
+    seed:int=0,     # Names the noise of each prompt
     each:int=1,     # Pictures a prompt
     batch:int=8,    # Pictures at a time
     progress=None,  # Wraps the iteration over batches
@@ -98,7 +98,7 @@ class Photographs:
     patch:Tensor       # Features of centre patches, (n, d); None without
     features:Features  # The network that saw them
     size:int           # Pixels of whole images
-    patch_size:int
+    patch_size:int     # Side of the patches
 
     @classmethod
     def of(cls,
@@ -120,7 +120,7 @@ class Photographs:
 
 def distances(
     folder,             # Generated pictures
-    real:Photographs,
+    real:Photographs,   # What the pictures are compared with
 )->dict: # Numbers and their standard errors
     "All distances to the photographs"
     row = compare_features(extract(folder_images(folder, real.size), real.features), real.whole, real.features.name)
@@ -133,7 +133,7 @@ def distances(
 # %% ../nbs/37_coco_eval.ipynb #17853e52
 def latency(
     draw,          # `draw(prompts, seeds) -> pictures`
-    prompts:list,
+    prompts:list,  # Texts to draw, one after another
     n:int=5,       # Timed pictures
     warmup:int=2,  # Pictures before
 )->tuple: # (seconds, standard error)
@@ -153,12 +153,12 @@ def evaluate_prompts(
     models:dict,         # Name -> `draw(prompts, seeds)`, or a `Preset` to open (with `pipe` keywords)
     prompts:list,        # Texts
     out,                 # Folder of the evaluation; goes on where it stopped
-    real:Photographs=None,
+    real:Photographs=None, # What the pictures are compared with; no distances when absent
     clip=None,           # `features.clip()`, for the prompt score
     lpips=None,          # `fid.lpips()`, or another distance, for diversity
     diverse:list=None,   # Prompts drawn four times for it; the first 128 of `prompts` when absent
-    seed:int=0,
-    batch:int=8,
+    seed:int=0,          # Names the random draws
+    batch:int=8,         # Prompts drawn at once
     timed:int=5,         # Pictures for the latency; 0 for none
     show:int=6,          # Prompts on the sheet
     progress=None,       # Wraps iterations
@@ -189,7 +189,7 @@ def evaluate_prompts(
     return rows
 
 # %% ../nbs/37_coco_eval.ipynb #1fe9768e
-def preset_drawer(preset, **kwargs):
+def preset_drawer(preset, **kwargs): # `Preset` or its name; the rest as for `open_pipeline`
     "A preset's network as `draw(prompts, seeds)`"
     pipe = open_pipeline(preset, **kwargs)
     return lambda prompts,seeds: sample(pipe, preset, prompts, seeds)

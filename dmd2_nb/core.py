@@ -50,7 +50,7 @@ def default_device()->torch.device: # The best device at hand
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 def to_device(
-    net:nn.Module,
+    net:nn.Module, # Network to move
     device=None, # `default_device()` when absent
 )->nn.Module: # The same network
     "Move a network; on CUDA its filters lie channels last, the order that convolutions are fastest in"

@@ -111,7 +111,7 @@ def _index(names, v):
 
 def load_generator(
     name_or_path, # A run folder, a .safetensors file, or the name of a bundled generator
-    device='cpu',
+    device='cpu', # Where it works
 )->FewStepGenerator:
     "Open a generator from a folder, a file or by its bundled name"
     p = Path(name_or_path)

@@ -72,7 +72,7 @@ class Guard:
     def __init__(self,
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
-        limits=Limits(),
+        limits=Limits(), # What is still healthy
         every:int=10,    # Iterations between two looks
         n:int=128,       # Fresh samples, at most a batch
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
@@ -182,7 +182,7 @@ class Guard:
 
 # %% ../nbs/43_guards.ipynb #1fa2a470
 @torch.no_grad()
-def distance(a, b)->float:
+def distance(a, b)->float: # Two networks of one kind
     "How far two networks are apart, in the length of the second"
     pairs = [(p.detach(), q.detach().to(p.device, p.dtype)) for p,q in zip(a.parameters(), b.parameters())]
     length = lambda ts: torch.stack([o.double() for o in torch._foreach_norm(ts)]).norm()
@@ -191,8 +191,8 @@ def distance(a, b)->float:
 # %% ../nbs/43_guards.ipynb #63703337
 def write_alarm(
     folder,      # The run's folder
-    alarm:Alarm,
-    guard:Guard,
+    alarm:Alarm, # What went wrong, and when
+    guard:Guard, # What looks at the run
     batch=None,  # Conditions and real samples of that iteration: a tree of tensors
     **facts,     # JSON-able: what else it takes
 )->dict: # What was written
@@ -211,7 +211,7 @@ def write_alarm(
     return out
 
 # %% ../nbs/43_guards.ipynb #e486f589
-def halve_rates(dmd):
+def halve_rates(dmd): # `DMD2` run
     "Half of each learning rate; a checkpoint keeps them"
     for g in dmd.opt_g.param_groups+dmd.opt_fake.param_groups:
         g['base_lr'] = g['base_lr']/2
@@ -219,7 +219,7 @@ def halve_rates(dmd):
 
 def good_before(
     found:list, # Checkpoint folders `step-N`
-    alarm:Alarm,
+    alarm:Alarm, # What went wrong, and when
     late=50,    # Iterations that an alarm may be late
 ): # The checkpoint, or None
     "The newest checkpoint that is older than what went wrong; the oldest where none is"
@@ -228,7 +228,7 @@ def good_before(
 
 def guarded(
     go,              # Trains to the end
-    guard:Guard,
+    guard:Guard,     # What looks at the run
     folder,          # Of the run
     rollback=False,  # Go back after an alarm; else it ends the run
     found=list,      # Gives the checkpoint folders there are

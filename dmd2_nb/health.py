@@ -68,11 +68,11 @@ def bands(
 @dataclass
 class Signal:
     "One line of a diagnosis"
-    name:str
+    name:str    # Of the quantity
     value:float # None where the log does not have it
-    low:float
-    high:float
-    text:str
+    low:float   # Least healthy value
+    high:float  # Largest healthy value
+    text:str    # What it means when it is outside
     @property
     def ok(self): return self.value is None or self.low<=self.value<=self.high
 

@@ -121,7 +121,7 @@ def fashion16()->ImageData: # Grey 16x16, 10 classes; the condition is the label
     "6,000 garments of Fashion-MNIST at 16x16 (MIT, Zalando SE)"
     return replace(npz_images(data_path('fashion16_6k.npz')), name='fashion16')
 
-def emoji(size:int)->ImageData:
+def emoji(size:int)->ImageData: # 32 or 64
     "Emoji of six designs; the condition is class and style, multi-hot"
     a = load_arrays(data_path(f'emoji{size}.npz'))
     y,s,c = (torch.from_numpy(a[k].astype('int64')) for k in ('labels', 'styles', 'name_ids'))
@@ -153,7 +153,7 @@ def holdout(
 def stream_rows(
     n:int,            # Images in the set
     positions:Tensor, # Positions in the endless stream, (b,)
-    seed:int=0,
+    seed:int=0,       # Names the random draws
 )->tuple: # Rows of the set, (b,), and a fair coin for each, bool (b,)
     "What stands at each position of the endless shuffled stream"
     rows,coins = torch.empty_like(positions),torch.empty(len(positions), dtype=torch.bool)

@@ -47,10 +47,10 @@ def open_data(
     return data.holdout(r.holdout) if r.holdout else (data, None)
 
 def open_teacher(
-    r:Recipe,
+    r:Recipe,       # What is known of the data set
     data:ImageData, # What it must fit
     path=None,      # Weights or run folder; the bundled ones when absent
-    device='cpu',
+    device='cpu',   # Where it works
 ): # `(teacher, file)`
     "A teacher that fits the images"
     if path is None and not r.bundled: raise ValueError(f"the teacher of '{r.data}' does not come along: give its file (--teacher)")
@@ -64,10 +64,10 @@ def open_teacher(
 
 # %% ../nbs/26a_jobs.ipynb #93e51aa4
 def open_judge(
-    r:Recipe,
+    r:Recipe,       # What is known of the data set
     data:ImageData, # Trained on
     held=None,      # Held out
-    device='cpu',
+    device='cpu',   # Where it works
 )->Judge:
     "What samples are compared with"
     if r.judge: return r.judge(r, data, held, device)
@@ -80,7 +80,7 @@ def open_judge(
 # %% ../nbs/26a_jobs.ipynb #6e7d8e97
 def open_model(
     source,       # Run folder, .safetensors file, or name of bundled weights
-    device='cpu',
+    device='cpu', # Where it works
     steps=None,   # Heun steps of a teacher
 ): # `(sampler, model)`: for `evaluate.draw`, and a `FewStepGenerator` that knows labels
     "A teacher or a generator, ready to be sampled"
@@ -106,13 +106,13 @@ def _classes(data):
 
 # %% ../nbs/26a_jobs.ipynb #bfde2da3
 def train_teacher_job(
-    r:Recipe,
+    r:Recipe,         # What is known of the data set
     out='runs',       # Folder of all runs
     name=None,        # Name of the run; DATA-teacher-N when absent
     overwrite=False,  # Start a named run anew
     device=None,      # Where to train; the best there is when absent
     source=None,      # Other images of the same kind
-    seed:int=0,
+    seed:int=0,       # Names the random draws
     n_eval=None,      # Samples of the final evaluation
     graph=False,      # Replay updates as a CUDA graph
     compile=False,    # torch.compile the network
@@ -165,7 +165,7 @@ COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_r
 
 # %% ../nbs/26a_jobs.ipynb #83a61aa4
 def first_networks(
-    r:Recipe,
+    r:Recipe,   # What is known of the data set
     T,          # Teacher
     begin=None, # Earlier run, see `distill_job`
 ): # `(generator, fake score)`
@@ -181,7 +181,7 @@ def first_networks(
 
 # %% ../nbs/26a_jobs.ipynb #177e3280
 def distill_job(
-    r:Recipe,
+    r:Recipe,         # What is known of the data set
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
     out='runs',       # Folder of all runs
     name=None,        # Name of the run; DATA-N when absent

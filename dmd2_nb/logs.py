@@ -56,7 +56,7 @@ def read_log(
 # %% ../nbs/19a_logs.ipynb #44c3ace3
 class Means:
     "Collects dicts of tensors, and gives the mean of each entry with one transfer"
-    def __init__(self, state=()): self.sums = {tuple(names): (torch.tensor(s), n) for names,s,n in state}
+    def __init__(self, state=()): self.sums = {tuple(names): (torch.tensor(s), n) for names,s,n in state} # From `state` of an earlier one
 
     def state(self)->list:
         "What has been collected, JSON-able: `Means(state)` goes on from it, digit for digit"

@@ -119,7 +119,7 @@ def recipe(
 
 # %% ../nbs/14b_recipes.ipynb #f119b573
 def with_reference(
-    r:Recipe,
+    r:Recipe,  # What is known of the data set
     path=None, # Statistics of real images; the recipe itself when absent
 )->Recipe:
     "The recipe with statistics to compare with"

@@ -65,7 +65,7 @@ def run_config(
     try: return json.loads(p.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{p} is damaged ({e})') from None
 
-def finished(folder):
+def finished(folder): # A run's folder
     "Whether a run has come to its end"
     return (Path(folder)/'metrics.json').is_file()
 
@@ -179,7 +179,7 @@ class Progress:
 # %% ../nbs/19_runs.ipynb #538e62e8
 def follow(
     logs,          # Iterator of dicts of tensors, one an iteration
-    run:Run,
+    run:Run,       # Folder and bookkeeping of the run
     columns,       # Of log.csv after step and seconds
     total:int,     # Iterations in all
     start:int=0,   # Iterations done before
@@ -250,10 +250,10 @@ def batches(
 
 def cond_batches(
     data,         # `ImageData`
-    batch:int,
-    seed:int=0,
-    start:int=0,
-    device='cpu',
+    batch:int,    # Conditions a draw
+    seed:int=0,   # Names the random draws
+    start:int=0,  # First draw
+    device='cpu', # Where it works
 ): # Yields conditions with the frequencies of the data
     "Conditions for the generator, a stream apart from the real images"
     conds = cond_map(lambda t: t.to(device), data.conds(torch.arange(len(data))))

@@ -20,7 +20,7 @@ class RefusedPickle(ValueError):
 
 class Thing:
     "An object of the file as data: the name of its class, what it was built from, its attributes"
-    def __init__(self, name, args=(), state=None): self.name,self.args,self.state = name,args,state
+    def __init__(self, name, args=(), state=None): self.name,self.args,self.state = name,args,state # What the pickle calls it, what it was to be made from, and its contents; nothing is made
     def __repr__(self): return f'Thing({self.name})'
 
 # %% ../nbs/22a_safe_pickle.ipynb #570100ce
@@ -213,7 +213,7 @@ def write_edm_pickle(
     path,      # File to write
     kwargs={}, # Constructor arguments to keep with the outermost module
     names={},  # Class name here -> class name in the file
-    protocol=4,
+    protocol=4, # Of the pickle format
     args=(),   # Constructor arguments that were given by position
 ):
     "A file of the layout of the published EDM pickles, to test readers with"

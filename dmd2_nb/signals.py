@@ -11,7 +11,7 @@ import signal, threading
 # %% ../nbs/14d_signals.ipynb #6f3dcfd0
 class Stopped(KeyboardInterrupt):
     "Somebody asked the process to leave"
-    def __init__(self, name, text=''):
+    def __init__(self, name, text=''): # Name of the signal; what to add to the message
         super().__init__(f'stopped by {name}{text}')
         self.code = 128+signal.Signals[name]  # what shells expect
 

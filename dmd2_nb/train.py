@@ -46,7 +46,7 @@ def save_state(
 
 def load_state(
     dmd:DMD2, # Run with the same config and networks
-    folder,
+    folder,   # What `save_state` wrote
 )->dict: # `extra` as given to `save_state`
     "Go on where `save_state` stopped"
     tensors,state = load_folder(folder)
@@ -65,7 +65,7 @@ def random_states()->dict: # Tensors by name
                 numpy=torch.from_numpy(keys.astype('int64')), numpy_rest=torch.tensor(rest, dtype=torch.float64), torch=torch.get_rng_state(),
                 **{f'cuda{i}': torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)})
 
-def put_random_states(states:dict):
+def put_random_states(states:dict): # What `random_states` took
     "Put back what `random_states` took; without anything, or without that many GPUs, all stays as it is"
     if not states: return
     gauss,(pos,has,cached) = states['python_gauss'].item(),states['numpy_rest'].tolist()
@@ -76,12 +76,12 @@ def put_random_states(states:dict):
         if f'cuda{i}' in states: torch.cuda.set_rng_state(states[f'cuda{i}'], i)
 
 # %% ../nbs/15_train.ipynb #9894c61a
-def run_state(dmd, groups:dict, extra:dict)->dict:
+def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its optimisers; the caller's own words
     "What a run is besides tensors, JSON-able; `groups` of each optimiser"
     return dict(format=1, config=asdict(dmd.cfg), step=dmd.step, g_updates=dmd.g_updates, warm_until=dmd.warm_until, groups=groups,
                 scalers={n: getattr(dmd, n).state_dict() for n in ('scaler_g','scaler_fake')}, extra=extra)
 
-def check_run(dmd, state:dict, folder):
+def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
     other = DMD2Config.from_dict(state['config'])
     if other==dmd.cfg: return
@@ -95,6 +95,6 @@ def put_state(dmd, state:dict)->dict: # `extra`
     for n in ('step','g_updates','warm_until'): setattr(dmd, n, state[n])
     return state['extra']
 
-def run_nets(dmd)->dict:
+def run_nets(dmd)->dict: # The run
     "The run's own networks; the teacher is not part of its state"
     return {n: m for n,m in dict(generator=dmd.G, ema=dmd.ema.net, fake=dmd.fake, head=dmd.head).items() if m is not None}

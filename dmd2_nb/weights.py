@@ -71,7 +71,7 @@ def save_denoiser(
 
 def load_denoiser(
     path,         # File from `save_denoiser`
-    device='cpu',
+    device='cpu', # Where it works
 ): # `(denoiser, meta)`, float32 weights, in eval mode
     "Rebuild a denoiser from its file"
     tensors,md = read_tensors(path)

@@ -47,12 +47,12 @@ def pair_noise(shape, i:int, seed:int=0): # (1, *shape)
     return torch.randn(1, *shape, generator=rng(seed, 79, i))
 
 def teacher_pairs(
-    folder,
+    folder,                 # Where the pairs come to lie
     teacher,                # Guided denoiser with `shape`
     conds:LatentShards,     # Conditions, for example from `encode_conditions`; used in order, again from the start if there are fewer
     n:int=10_000,           # Pairs
     steps:int=50,           # Of the teacher's sampler
-    seed:int=0, batch:int=4, shard:int=64, shape=None, device=None, progress=None,
+    seed:int=0, batch:int=4, shard:int=64, shape=None, device=None, progress=None, # Names the noises; noises at once; pairs of a file; latent's shape; where to work; wraps the iteration
 )->LatentShards: # Latents are the teacher's samples
     "The teacher's sample for each of n noises; stops and goes on"
     sigmas,shape = sdxl_sigmas(trailing_timesteps(steps)),tuple(shape or teacher.shape)
@@ -84,9 +84,9 @@ def regression_pretrain(
     distance=None,        # `distance(a, b)` of decoded images, such as `fid.lpips()`; mean squared error when absent
     decode=None,          # From `decoder`; latents themselves are compared when absent
     timestep:int=399,     # What the generator is told
-    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0,
+    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0, # Learning rate; pairs an update; gradient norm limit; which order
     folder=None,          # Where the state is kept; a run found there goes on
-    save_every:int=200,
+    save_every:int=200,   # Updates between two checkpoints
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
 ): # Yields the loss of each update
     "Teach a generator its teacher's pairs in one step"

@@ -34,7 +34,7 @@ sd15_gan_config = replace(sd15_config, lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7, ga
 # %% ../../nbs/34_sdxl.recipe.ipynb #27fcc7b2
 def sdxl_dmd2(
     roles:Roles,           # `SharedBase` or `FullCopies`
-    cfg:DMD2Config,
+    cfg:DMD2Config,        # The run's numbers
     probe,                 # Any condition; its first row sizes the head
     uncond=zero_uncond,    # Empty condition for guidance; for Stable Diffusion 1.5 the encoded empty prompt
     head:nn.Module=None,   # GAN head to start from
@@ -60,7 +60,7 @@ def sdxl_dmd2(
 
 class Itself(nn.Module):
     "No average: the generator as it is"
-    def __init__(self, net): super().__init__(); self.__dict__['net'] = net
+    def __init__(self, net): super().__init__(); self.__dict__['net'] = net # Generator, whose weights are not this module's
     def update(self, net): pass
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
 
