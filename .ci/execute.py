@@ -95,15 +95,19 @@ def execute(path, flags='', timeout=600):
         if size > max_bytes: return [f'{size/1e6:.2f} MB, over {max_bytes/1e6:.0f} MB: draw smaller pictures (dpi 72) or fewer']
         if tmp.read_bytes() != path.read_bytes(): os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
-    if path.stem == 'index': keep_picture(res, path.parent/'images'/'index.png')
+    if path.stem in kept: keep_picture(res, *kept[path.stem], path.parent/'images')
     return []
 
 
-def keep_picture(nb, path):
-    "The last picture of the notebook as a file, for the README"
-    *_, png = [o['data']['image/png'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(base64.b64decode(png if isinstance(png, str) else ''.join(png)))
+# A picture that stands elsewhere too: notebook -> words in the cell that draws it, and the name of its file
+kept = {'index': ('clouds.items()', 'index.png'), '14_distill': ('draw_turn(g,', 'turns.png')}
+
+
+def keep_picture(nb, words, name, folder):
+    "The picture of one cell as a file, for the README or another notebook"
+    png, = [o['data']['image/png'] for c in nb.cells if c.cell_type == 'code' and words in c.source for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    folder.mkdir(exist_ok=True)
+    (folder/name).write_bytes(base64.b64decode(png if isinstance(png, str) else ''.join(png)))
 
 
 def main():

@@ -1,12 +1,13 @@
 """One step, four steps and the ablation on emoji32, each row for the same number of seconds alone on a GPU.
 
     python data/make_emoji_ablation.py --teacher emoji32_teacher.safetensors --out DIR --seconds 60 one no_gan 'mine:lr_g=3e-4,levels=2.5'
+    python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
 A row is a name of ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed. Writes DIR/NAME.csv (log and
 evaluations), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights. The clock of a row counts
 updates alone: no warm-up, no recording of graphs, no evaluation."""
 import argparse, gc, json, sys, time, traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,10 +24,11 @@ from dmd2_nb.jobs import COLUMNS, first_networks, open_data, open_judge, open_te
 from dmd2_nb.noise import karras_sigmas
 from dmd2_nb.recipes import config_changes, config_levels, recipe
 from dmd2_nb.regression import TeacherPairs
-from dmd2_nb.runs import CsvLog, Means, batches, cond_batches
+from dmd2_nb.runs import CsvLog, Means, batches, cond_batches, read_log
 from dmd2_nb.train import train
 from dmd2_nb.weights import save_denoiser
 
+LOGGED = ('step', 'seconds', *COLUMNS, *(f'{p}{c}{s}' for p in ('', 'raw_') for c in ('kid', 'kid_held') for s in ('', '_se')), 'logit_train', 'logit_held', 'logit_gen')
 FOUR = '80;5;1.2;0.35'
 NOGAN = dict(gan_g=0, gan_d=0)
 ROWS = dict(one={}, no_gan=NOGAN)
@@ -104,6 +106,12 @@ class Bench:
 
     def strip(self, dmd): return draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.kinds, 3, device=self.device)
 
+    def facts(self, text):
+        "What a row is: changes to the recipe, card, processes that shared it"
+        name,seed,own = parse(text)
+        card = torch.cuda.get_device_name() if self.device.type=='cuda' else 'cpu'
+        return dict(settings=dict(config=asdict(replace(self.r.config, seed=seed, **changes(own)[0])), more=changes(own)[1]), card=card, shared_by=self.a.shared_by, n=[self.a.n, self.a.final])
+
     def run(self, text):
         a,device = self.a,self.device
         name,seed,own = parse(text)
@@ -114,8 +122,8 @@ class Bench:
         dmd = make(self.T, *first_networks(self.r, self.T, extra.get('begin')), cfg, probe=cond_to(self.data.conds(torch.arange(1)), device), pairs=self.pairs() if cfg.w_reg else None)
         reals = batches(self.data, cfg.batch, seed+1, 0, device) if cfg.gan or cfg.rollout!='sim' else None
         conds,means = cond_batches(self.data, cfg.batch, seed+2, 0, device),Means()
-        cols = ('step', 'seconds', *COLUMNS, *(p+c for p in ('', 'raw_') for c in self.judge.columns), 'logit_train', 'logit_held', 'logit_gen')
-        log = CsvLog(a.out/f'{name}.csv', cols)
+        log = CsvLog(a.out/f'{name}.csv', LOGGED)
+        (a.out/f'{name}.json').write_text(json.dumps(self.facts(text), indent=1))
         seconds,strips,clock,step,limit = 0.,[self.strip(dmd)],None,0,float(extra.get('seconds', a.seconds))
         marks = [limit*(i+1)/a.evals for i in range(a.evals)]
         recorded,per = 0,0.  # a block in which a graph was recorded counts as long as the one before
@@ -142,12 +150,22 @@ class Bench:
             save_denoiser(dmd.ema.net, a.out/f'{name}.safetensors', torch.float16, levels=cfg.levels, classes=self.data.class_names, styles=self.data.style_names, data='emoji32')
         return name,step,dmd.g_updates,seconds
 
+def collect(to, folder):
+    "Logs and settings of all rows in two files"
+    facts = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))}
+    rows = [dict(run=n) | o for n in facts for o in read_log(Path(folder)/f'{n}.csv')]
+    cols = [c for c in ('run', *LOGGED) if any(c in o for o in rows)]
+    text = lambda v: '' if v is None else f'{v:.5g}' if isinstance(v, float) else str(v)
+    Path(f'{to}.csv').write_text('\n'.join([','.join(cols), *(','.join(text(o.get(c)) for c in cols) for o in rows)])+'\n')
+    Path(f'{to}.json').write_text(json.dumps(facts, indent=1)+'\n')
+
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('rows', nargs='+'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.')); ap.add_argument('--seconds', type=float, default=60)
+    ap.add_argument('rows', nargs='+'); ap.add_argument('--collect'); ap.add_argument('--shared-by', type=int, default=1, help='processes on the card'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.')); ap.add_argument('--seconds', type=float, default=60)
     ap.add_argument('--n', type=int, default=2500, help='samples of an evaluation'); ap.add_argument('--final', type=int, default=5000, help='of the last one'); ap.add_argument('--evals', type=int, default=4)
     ap.add_argument('--log', type=int, default=50); ap.add_argument('--pairs', type=int, default=5000); ap.add_argument('--keep', default=''); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
+    if a.collect: return collect(a.collect, a.rows[0])
     a.out.mkdir(parents=True, exist_ok=True)
     t0 = time.time()
     bench = Bench(a)
@@ -159,7 +177,6 @@ def main():
         finally:
             gc.collect()
             if a.device=='cuda': torch.cuda.empty_cache()
-        from dmd2_nb.runs import read_log
         rows = [o for o in read_log(a.out/f'{name}.csv') if 'kid' in o]
         print(f'{text}: {step} its, {g} g, {sec:.0f} s counted, {time.time()-t:.0f} s; {sec/step*1e3:.1f} ms/it; kid ' + ' '.join(f"{o['kid']:.4f}/{o['raw_kid']:.4f}" for o in rows) +
               f" held {rows[-1]['kid_held']:.4f} se {rows[-1]['kid_se']:.4f}" + ''.join(f" {k} {rows[-1][k]:.2f}" for k in ('logit_train', 'logit_held', 'logit_gen') if k in rows[-1]), flush=True)

@@ -3,7 +3,8 @@ updates as the seconds allow. Logs, pictures and float16 weights go to OUT.
 
     python data/make_emoji_runs.py teacher --seconds 450 --out DIR [--begin FILE.safetensors --name emoji32_teacher_2 --teacher-set lr=1e-4 ...]
     python data/make_emoji_runs.py distill --seconds 400 --teacher DIR/emoji32_teacher.safetensors --out DIR --name one
-        [--set gan_g=0 ...] [--levels 80,5,1.2,0.35]"""
+        [--set gan_g=0 ...] [--levels 80,5,1.2,0.35]
+    python data/make_emoji_runs.py join one.csv two.csv --out DIR"""
 import argparse, csv, json, shutil, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,16 @@ def samplers(a, r, out):
         print(rows[-1], flush=True)
         (out/'emoji32_teacher_samplers.json').write_text(json.dumps(rows, indent=1))
 
+def join(a):
+    "Logs of trainings that went on from one another, as one: updates and seconds of all"
+    rows,step,sec = [],0,0.
+    for part,f in enumerate(a.logs, 1):
+        log = read_log(f)
+        rows += [dict(part=part) | o | dict(step=int(step+o['step']), seconds=round(sec+o['seconds'], 2)) for o in log]
+        step,sec = step+log[-1]['step'],sec+log[-1]['seconds']
+    cols = list(dict.fromkeys(k for o in rows for k in o))
+    with open(Path(a.out)/'emoji32_teacher.csv', 'w', newline='') as f: w = csv.DictWriter(f, cols, lineterminator='\n'); w.writeheader(); w.writerows(rows)
+
 def distill(a):
     r,out = recipe('emoji32'),Path(a.out)
     changes = config_changes(a.set)
@@ -75,7 +86,7 @@ def distill(a):
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('what', choices=['teacher', 'distill', 'samplers']); ap.add_argument('--seconds', type=float, default=450); ap.add_argument('--out', default='.')
+    ap.add_argument('what', choices=['teacher', 'distill', 'samplers', 'join']); ap.add_argument('logs', nargs='*', help='of join'); ap.add_argument('--seconds', type=float, default=450); ap.add_argument('--out', default='.')
     ap.add_argument('--reserve', type=float, default=60., help='seconds kept for evaluation'); ap.add_argument('--n', type=int, default=10_000, help='samples of the final evaluation')
     ap.add_argument('--probe', type=int, default=400, help='updates of the short run'); ap.add_argument('--teacher'); ap.add_argument('--name')
     ap.add_argument('--begin', help='weights that the training of the teacher goes on from'); ap.add_argument('--teacher-set', action='append', help='lr, decay ... of the teacher')
@@ -84,7 +95,8 @@ def main():
     ap.add_argument('--set', action='append'); ap.add_argument('--levels'); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
     a.graph = a.device=='cuda'
-    if a.what=='samplers': samplers(a, recipe('emoji32'), Path(a.out))
+    if a.what=='join': join(a)
+    elif a.what=='samplers': samplers(a, recipe('emoji32'), Path(a.out))
     else: dict(teacher=teacher, distill=distill)[a.what](a)
 
 if __name__=='__main__': main()

@@ -23,7 +23,7 @@ def _draw(shape, law, fan_in, fan_out):
 
 class Linear(nn.Module):
     "Matrix product in the dtype of its input"
-    def __init__(self, cin, cout, bias=True, law='kaiming_uniform', scale=1., bias_scale=0.):
+    def __init__(self, cin, cout, bias=True, law='kaiming_uniform', scale=1., bias_scale=0.): # Features in and out; whether there is an offset; the law that weights are drawn from; factors on weights and offset
         super().__init__()
         self.weight = nn.Parameter(_draw((cout, cin), law, cin, cout)*scale)
         self.bias = nn.Parameter(_draw((cout,), law, cin, cout)*bias_scale) if bias else None
@@ -33,7 +33,7 @@ class Linear(nn.Module):
 
 class GroupNorm(nn.Module):
     "At most 32 groups, of at least 4 channels"
-    def __init__(self, c, eps=1e-5):
+    def __init__(self, c, eps=1e-5): # Channels; floor of the variance
         super().__init__()
         self.groups,self.eps = min(32, c//4),eps
         if not self.groups or c%self.groups: raise ValueError(f'{c} channels cannot be split into {self.groups} groups')
@@ -52,7 +52,7 @@ class Conv(nn.Module):
     def __init__(self,
         cin, cout,      # Channels
         kernel,         # Side of the kernel; 0 resamples only
-        up=False, down=False,
+        up=False, down=False, # Whether sides are doubled or halved
         taps=(1,1),     # Resampling filter along one axis
         conv_first=False, # Convolve, then halve
         law='kaiming_uniform', scale=1., bias_scale=0., # Initial values
@@ -87,7 +87,7 @@ class Conv(nn.Module):
 # %% ../nbs/21_blocks.ipynb #c66b4aa7
 class Positional(nn.Module):
     "Sines and cosines at frequencies that fall from 1 to 1/10000"
-    def __init__(self, dim, endpoint=False):
+    def __init__(self, dim, endpoint=False): # Numbers an embedding has; whether the slowest wave belongs to the range
         super().__init__()
         self.dim,self.endpoint = dim,endpoint
 
@@ -98,7 +98,7 @@ class Positional(nn.Module):
 
 class Fourier(nn.Module):
     "Sines and cosines at random frequencies, part of the state"
-    def __init__(self, dim, scale=16.):
+    def __init__(self, dim, scale=16.): # Numbers an embedding has; spread of the random frequencies
         super().__init__()
         self.register_buffer('freqs', torch.randn(dim//2)*scale)
 
@@ -113,8 +113,8 @@ class Block(nn.Module):
     def __init__(self,
         cin, cout, emb, # Channels in and out, size of the embedding
         heads=0,        # Attention heads, 0 for no attention
-        up=False, down=False,
-        dropout=0., taps=(1,1),
+        up=False, down=False, # Whether sides are doubled or halved
+        dropout=0., taps=(1,1), # Share of features dropped in training; the filter that up and down use
         eps=1e-5,       # Of the norms
         skip_scale=1.,  # Factor of each residual sum
         adaptive=True,  # Embedding scales and shifts; else it only shifts

@@ -14,18 +14,22 @@ from pathlib import Path
 
 import torch
 
+from .signals import Signals
+
 # %% ../nbs/90_cli.ipynb #54e931c7
 COMMANDS = {} # Name without `dmd2_` -> function
 
-def command(name):
+def command(name): # Its name in a shell
     "Turn bad input into one line and exit code 2"
     def wrap(f):
         @wraps(f)
         def main(argv=None)->int: # Exit code
-            try: f(sys.argv[1:] if argv is None else list(argv)); return 0
-            except KeyboardInterrupt:
-                print(f'\n{name}: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
-                return 130
+            try:
+                with Signals(at_once=True): f(sys.argv[1:] if argv is None else list(argv))
+                return 0
+            except KeyboardInterrupt as e:
+                print(f'\n{name}: {str(e) or "stopped"}; the same command goes on from the last checkpoint', file=sys.stderr)
+                return getattr(e, 'code', 130)
             except Exception as e:
                 if os.environ.get('DMD2_NB_DEBUG') or not (isinstance(e, (ValueError, TypeError, OSError, ImportError)) or type(e).__name__=='SafetensorError'): raise
                 print(f'\r{name}: {" ".join((str(e) or type(e).__name__).split())}', file=sys.stderr)
@@ -113,7 +117,7 @@ def _figure(n, rows, blocks):
     return plt.subplots(blocks, 1, figsize=(0.8*n, blocks*(0.8*rows+0.6)), dpi=72, layout='constrained', squeeze=False)[1].ravel()
 
 # %% ../nbs/90_cli.ipynb #d847a378
-def draw_grid(path, images, data, conds):
+def draw_grid(path, images, data, conds): # File to write; bytes; the `ImageData` that knows the names; condition of each image
     "A sheet of samples, a class a column"
     n = _columns(data)
     axs = _figure(n, len(images)/n, 1)
@@ -121,7 +125,7 @@ def draw_grid(path, images, data, conds):
     save_figure(axs, path)
 
 # %% ../nbs/90_cli.ipynb #ed3ed00e
-def draw_curves(path, rows, names):
+def draw_curves(path, rows, names): # File to write; rows of a log; columns to draw, in one text
     "Small plots of a log"
     from dmd2_nb.plot import axes_row
     names = [k for k in names.split() if sum(k in o for o in rows)>1]
@@ -133,7 +137,7 @@ def draw_curves(path, rows, names):
     save_figure(axs, path)
 
 # %% ../nbs/90_cli.ipynb #239f182c
-def draw_pairs(path, above, below, data, conds, steps, levels):
+def draw_pairs(path, above, below, data, conds, steps, levels): # File to write; two sets of bytes; data and conditions; evaluations of each
     "Teacher above, generator below, from the same noise and labels"
     n,names = _columns(data),_captions(data, conds)
     axs = _figure(n, len(above)/n, 2)
@@ -145,7 +149,7 @@ PICTURES = dict(grid=draw_grid, curves=draw_curves, pairs=draw_pairs)
 
 # %% ../nbs/90_cli.ipynb #14b0811e
 @command('dmd2_train_teacher')
-def train_teacher_main(argv):
+def train_teacher_main(argv): # Words of the command line
     "Train the teacher of a recipe"
     p = _Parser('dmd2_train_teacher', 'Train a class-conditional EDM teacher')
     _run_options(p)
@@ -167,7 +171,7 @@ def _report(run, file):
 
 # %% ../nbs/90_cli.ipynb #b63e41c9
 @command('dmd2_distill')
-def distill_main(argv):
+def distill_main(argv): # Words of the command line
     "Distil a teacher"
     p = _Parser('dmd2_distill', 'Distil a diffusion teacher into a one- or few-step generator')
     _run_options(p)
@@ -179,6 +183,7 @@ def distill_main(argv):
     p.add_argument('--rollout', help='inputs of later steps: sim, real or mix')
     p.add_argument('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
     p.add_argument('--keep-every', type=int, help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep')
+    p.add_argument('--guard', default='stop', help='after an alarm: stop, rollback (to the last good checkpoint, with half of the learning rates), or off')
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
     p.add_argument('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
     p.add_argument('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
@@ -193,7 +198,7 @@ def distill_main(argv):
     r = with_reference(_recipe(a), a.reference)
     with setup(a.device, timeout=7200) as world:  # the others wait while the first process evaluates
         run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
-                          keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, **changes)
+                          keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, guard=a.guard, **changes)
         if world.main: _report(run, 'generator.safetensors')
 
 # %% ../nbs/90_cli.ipynb #0a78d5d9
@@ -208,17 +213,15 @@ def main(argv=None)->int: # Exit code
 
 # %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample')
-def sample_main(argv):
+def sample_main(argv): # Words of the command line
     "Draw samples into a picture"
     p = _Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
     p.add_argument('source', nargs='?', default='fashion16_1step', help='run folder, .safetensors file, or name of bundled weights')
-    p.add_argument('--n', type=int, default=16, help='how many')
-    p.add_argument('--label', help='class, by name or number; random classes when absent')
+    p.add_argument('--n', type=int, default=16, help='how many'); p.add_argument('--label', help='class, by name or number; random classes when absent')
     p.add_argument('--style', help='style, by name or number')
     p.add_argument('--seed', type=int, default=0); p.add_argument('--steps', type=int, help='Heun steps, for a teacher')
     p.add_argument('--scale', type=int, help='pixels for one pixel; by default so many that a sample is 64 wide')
-    p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
-    p.add_argument('--device', default='cpu')
+    p.add_argument('--out', default='samples.png', help='.png for a sheet, .npz for the bytes'); p.add_argument('--device', default='cpu')
     a = p.parse_args(argv)
     _at_least(1, n=a.n, steps=a.steps, scale=a.scale)
     if Path(a.out).suffix not in ('.png', '.npz'): raise ValueError(f'--out {a.out}: expected .png or .npz')
@@ -232,7 +235,7 @@ def sample_main(argv):
     print(f'{a.n} samples in {a.out}')
 
 # %% ../nbs/90_cli.ipynb #2dba5cee
-def save_sheet(images, path, scale=None):
+def save_sheet(images, path, scale=None): # Bytes; file to write; pixels a pixel is drawn with, chosen when absent
     "Images side by side, pixel by pixel"
     from PIL import Image
     from dmd2_nb.checkpoint import one_move
@@ -243,7 +246,7 @@ def save_sheet(images, path, scale=None):
 
 # %% ../nbs/90_cli.ipynb #002cd816
 @command('dmd2_evaluate')
-def evaluate_main(argv):
+def evaluate_main(argv): # Words of the command line
     "Measure generators, teachers or image sets against real images"
     p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor')
     p.add_argument('sources', nargs='+', help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images')
@@ -270,7 +273,7 @@ def evaluate_main(argv):
 
 # %% ../nbs/90_cli.ipynb #715be67e
 @command('dmd2_prepare')
-def prepare_main(argv):
+def prepare_main(argv): # Words of the command line
     "Turn a folder of images into the zip that training reads"
     p = _Parser('dmd2_prepare', "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes")
     p.add_argument('source', help='folder with one subfolder per class')

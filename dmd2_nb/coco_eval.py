@@ -9,7 +9,7 @@ __all__ = ['read_prompts', 'coco_captions', 'generate', 'Photographs', 'distance
 # %% ../nbs/37_coco_eval.ipynb #e843b705
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 import csv, hashlib, json, os, time
 
 import torch
@@ -66,7 +66,7 @@ def generate(
     draw,           # `draw(prompts, seeds) -> uint8 (n, 3, h, w)`
     prompts:list,   # Texts
     out,            # Folder for the pictures
-    seed:int=0,
+    seed:int=0,     # Names the noise of each prompt
     each:int=1,     # Pictures a prompt
     batch:int=8,    # Pictures at a time
     progress=None,  # Wraps the iteration over batches
@@ -98,7 +98,7 @@ class Photographs:
     patch:Tensor       # Features of centre patches, (n, d); None without
     features:Features  # The network that saw them
     size:int           # Pixels of whole images
-    patch_size:int
+    patch_size:int     # Side of the patches
 
     @classmethod
     def of(cls,
@@ -120,7 +120,7 @@ class Photographs:
 
 def distances(
     folder,             # Generated pictures
-    real:Photographs,
+    real:Photographs,   # What the pictures are compared with
 )->dict: # Numbers and their standard errors
     "All distances to the photographs"
     row = compare_features(extract(folder_images(folder, real.size), real.features), real.whole, real.features.name)
@@ -133,10 +133,10 @@ def distances(
 # %% ../nbs/37_coco_eval.ipynb #17853e52
 def latency(
     draw,          # `draw(prompts, seeds) -> pictures`
-    prompts:list,
+    prompts:list,  # Texts to draw, one after another
     n:int=5,       # Timed pictures
     warmup:int=2,  # Pictures before
-)->float: # Seconds
+)->tuple: # (seconds, standard error)
     "Median time of one picture by itself"
     times = []
     for i in range(warmup+n):
@@ -145,19 +145,20 @@ def latency(
         draw([prompts[i%len(prompts)]], [i])
         if torch.cuda.is_available(): torch.cuda.synchronize()
         times.append(time.perf_counter()-t)
-    return median(times[warmup:])
+    t = times[warmup:]
+    return median(t), 1.25*stdev(t)/n**.5 if n>1 else 0.  # a median scatters 1.25 times as much as a mean
 
 # %% ../nbs/37_coco_eval.ipynb #02762cb2
 def evaluate_prompts(
     models:dict,         # Name -> `draw(prompts, seeds)`, or a `Preset` to open (with `pipe` keywords)
     prompts:list,        # Texts
     out,                 # Folder of the evaluation; goes on where it stopped
-    real:Photographs=None,
+    real:Photographs=None, # What the pictures are compared with; no distances when absent
     clip=None,           # `features.clip()`, for the prompt score
     lpips=None,          # `fid.lpips()`, or another distance, for diversity
     diverse:list=None,   # Prompts drawn four times for it; the first 128 of `prompts` when absent
-    seed:int=0,
-    batch:int=8,
+    seed:int=0,          # Names the random draws
+    batch:int=8,         # Prompts drawn at once
     timed:int=5,         # Pictures for the latency; 0 for none
     show:int=6,          # Prompts on the sheet
     progress=None,       # Wraps iterations
@@ -174,7 +175,8 @@ def evaluate_prompts(
         if lpips:
             some = diverse or prompts[:128]
             row['lpips'],row['lpips_se'] = lpips_diversity(generate(draw, some, out/name/'diversity', each=4, model=name, **opts), lpips)
-        if timed: row['seconds'] = latency(draw, prompts, timed)
+            row['lpips_n'] = len(some)
+        if timed: row['seconds'],row['seconds_se'] = latency(draw, prompts, timed)
         if isinstance(m, Preset): row['evaluations'] = m.evaluations
         rows[name] = row
         write_text(out/name/'row.json', json.dumps(row, indent=1))
@@ -187,7 +189,7 @@ def evaluate_prompts(
     return rows
 
 # %% ../nbs/37_coco_eval.ipynb #1fe9768e
-def preset_drawer(preset, **kwargs):
+def preset_drawer(preset, **kwargs): # `Preset` or its name; the rest as for `open_pipeline`
     "A preset's network as `draw(prompts, seeds)`"
     pipe = open_pipeline(preset, **kwargs)
     return lambda prompts,seeds: sample(pipe, preset, prompts, seeds)

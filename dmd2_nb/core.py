@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['append_dims', 'frozen', 'seed_all', 'default_device', 'to_device', 'rng', 'compute_dtype', 'at_least_float32',
-           'cond_map', 'cond_index', 'cond_repeat', 'cond_cat', 'cond_to', 'cond_len', 'EMA']
+           'cond_map', 'cond_index', 'cond_repeat', 'cond_cat', 'cond_to', 'cond_len', 'EMA', 'checked']
 
 # %% ../nbs/00_core.ipynb #b1dbcc4d
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import MISSING, fields
 import random
 
 import torch
@@ -49,7 +50,7 @@ def default_device()->torch.device: # The best device at hand
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 def to_device(
-    net:nn.Module,
+    net:nn.Module, # Network to move
     device=None, # `default_device()` when absent
 )->nn.Module: # The same network
     "Move a network; on CUDA its filters lie channels last, the order that convolutions are fastest in"
@@ -163,3 +164,20 @@ class EMA(nn.Module):
     def __getattr__(self, name):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(super().__getattr__('net'), name)
+
+# %% ../nbs/00_core.ipynb #e6fa77d2
+def checked(
+    cls,    # A dataclass whose fields have defaults
+    d:dict, # From JSON
+)->dict: # The same, fit for `cls(**d)`
+    "JSON for a dataclass, or an error that names what is wrong"
+    if not isinstance(d, dict): raise ValueError(f'a config is a dict of fields, not a {type(d).__name__}')
+    unknown = sorted(str(k) for k in set(d)-{f.name for f in fields(cls)})
+    if unknown: raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}"[:200])
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    kinds = {int: (lambda v: number(v) and abs(v)<2**63 and v==int(v), 'a whole number'), float: (number, 'a number'), str: (lambda v: isinstance(v, str), 'a text'),
+             bool: (lambda v: isinstance(v, bool), 'true or false'), tuple: (lambda v: number(v) or isinstance(v, (list, tuple)) and len(v)<1000 and all(map(number, v)), 'numbers')}
+    for f in fields(cls):
+        ok,what = kinds.get(type(f.default), (lambda v: True, ''))
+        if f.name in d and f.default is not MISSING and f.default is not None and not ok(d[f.name]): raise ValueError(f'config field {f.name} must be {what}, got {str(d[f.name])[:60]}')
+    return d

@@ -8,12 +8,12 @@ __all__ = ['toy_config', 'DMD2Config', 'DMD2', 'trainable', 'calibrate_gan_weigh
 # %% ../nbs/14_distill.ipynb #d97489ed
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn, Tensor
 
-from .core import EMA, append_dims, at_least_float32, compute_dtype, cond_cat, cond_len, frozen, rng
+from .core import EMA, append_dims, at_least_float32, checked, compute_dtype, cond_cat, cond_len, frozen, rng
 from .denoiser import Guided
 from .noise import add_noise, check_sigmas, sample_sigma
 from .dmd import dmd_loss
@@ -25,33 +25,33 @@ from .regression import regression_loss
 # %% ../nbs/14_distill.ipynb #6cf7f2f5
 @dataclass(frozen=True, kw_only=True)
 class DMD2Config:
-    "One DMD2 run; defaults are the ImageNet-64 recipe (DMD2, appendix F.2)"
-    levels:tuple=(80.,)       # Generator's input levels, falling; one level is one step
-    ttur:int=5                # Iterations (fake-score updates) per generator update; 1 oscillates, 10 is slow (appendix C)
-    batch:int=280             # Samples an iteration, where no condition tells
-    lr_g:float=2e-6           # Generator learning rate
-    lr_fake:float=2e-6        # Fake score learning rate
-    lr_head:float=2e-6        # GAN head learning rate
-    betas_g:tuple=(0.9,0.999) # AdamW betas of the generator; (0, 0.99) reacts faster
-    betas_fake:tuple=(0.9,0.999) # AdamW betas of fake score and head
-    weight_decay:float=0.01   # AdamW weight decay of all
-    lr_warmup:int=0           # Iterations over which all rates rise linearly (paper: 500 / number of GPUs)
-    clip:float=10.            # Gradient norm limit of the generator, and of fake score and head together
-    w_dm:float=1.             # Weight of the matching loss, a mean over all elements; 0 is "GAN alone"
-    w_fake:float=1.           # Weight of the fake score's denoising loss; 0 leaves a plain discriminator
-    gan_g:float=3e-3          # Weight of the generator's GAN loss, a mean over samples; 0 is no GAN. SDXL: 5e-3, SD1.5: 1e-3
-    gan_d:float=1e-2          # Weight of the discriminator's loss
-    w_reg:float=0.            # Weight of the first DMD's regression loss on teacher pairs
-    guidance:float=1.         # Teacher's classifier-free guidance; SDXL: 8, SD1.5: 1.75
-    dm_bins:tuple=(20,980)    # Bins of 1000 noise levels for the matching loss
-    fake_bins:tuple=(0,999)   # For the denoising loss
-    gan_bins:tuple=(0,999)    # For the GAN, generator's and head's
-    rollout:str='sim'         # Inputs of later steps: 'sim' (backward simulation), 'real' (noised real images), 'mix' (either, by coin)
-    warmup_fake:int=0         # Iterations without generator update at the start and when the GAN is switched on
-    gan_start:int=0           # Generator updates before the GAN is switched on
-    ema_halflife:float=200.   # Half-life of the generator's average, in generator updates (paper: none, that is 0)
-    dtype:str='auto'          # Inside networks: 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling)
-    seed:int=10               # Names all random streams of the run
+    "One DMD2 run; defaults are the ImageNet-64 recipe, and the brackets say from where: a section of the paper, the official code, or ours"
+    levels:tuple=(80.,)       # Generator's input levels, falling; one level is one step [code: EDM's sigma_max]
+    ttur:int=5                # Iterations (fake-score updates) per generator update; 1 oscillates, 10 is slow [4.2, C]
+    batch:int=280             # Samples an iteration, where no condition tells; more is calmer and slower [F.2]
+    lr_g:float=2e-6           # Generator learning rate; too high and it runs ahead of its critic [F.2]
+    lr_fake:float=2e-6        # Fake score learning rate; too low and it lags [F.2]
+    lr_head:float=2e-6        # GAN head learning rate; a head that wins too fast pulls blindly [F.2]
+    betas_g:tuple=(0.9,0.999) # AdamW betas of the generator; (0, 0.99) reacts faster [code]
+    betas_fake:tuple=(0.9,0.999) # AdamW betas of fake score and head; as above [code]
+    weight_decay:float=0.01   # AdamW weight decay of all; pulls weights to 0 [code]
+    lr_warmup:int=0           # Iterations over which all rates rise linearly, for a gentle start [ours; code: 500 / number of GPUs]
+    clip:float=10.            # Gradient norm limit of the generator, and of fake score and head together; tames single batches [code]
+    w_dm:float=1.             # Weight of the matching loss, a mean over all elements; 0 is "GAN alone" [code]
+    w_fake:float=1.           # Weight of the fake score's denoising loss; 0 leaves a plain discriminator [code]
+    gan_g:float=3e-3          # Weight of the generator's GAN loss, a mean over samples; 0 is no GAN. SDXL: 5e-3, SD1.5: 1e-3 [code]
+    gan_d:float=1e-2          # Weight of the discriminator's loss beside the denoising loss; too large spoils the fake score [code]
+    w_reg:float=0.            # Weight of the first DMD's regression loss on teacher pairs; ties the map down [4.1: dropped]
+    guidance:float=1.         # Teacher's classifier-free guidance; more is sharper and less diverse. SDXL: 8, SD1.5: 1.75 [code]
+    dm_bins:tuple=(20,980)    # Bins of 1000 noise levels for the matching loss; low ones see detail, high ones layout [code]
+    fake_bins:tuple=(0,999)   # For the denoising loss; must cover those of the matching loss [code]
+    gan_bins:tuple=(0,999)    # For the GAN, generator's and head's; low ones alone overfit [code]
+    rollout:str='sim'         # Inputs of later steps: 'sim' (backward simulation), 'real' (noised real images), 'mix' (either, by coin) [4.5]
+    warmup_fake:int=0         # Iterations without generator update at the start and when the GAN is switched on; a stale critic wrecks a warm start [code: none]
+    gan_start:int=0           # Generator updates before the GAN is switched on; it wants samples that are nearly right [F.2]
+    ema_halflife:float=200.   # Half-life of the generator's average, in generator updates; 0 is none [ours; paper: none]
+    dtype:str='auto'          # Inside networks: 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling); lower is faster [ours; code: bfloat16]
+    seed:int=10               # Names all random streams of the run [code]
 
     def __post_init__(self):
         for n in ('levels','betas_g','betas_fake','dm_bins','fake_bins','gan_bins'):
@@ -69,9 +69,7 @@ class DMD2Config:
     @classmethod
     def from_dict(cls, d:dict):
         "Config from JSON; unknown names are refused by name"
-        unknown = sorted(set(d)-{f.name for f in fields(cls)})
-        if unknown: raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}")
-        return cls(**d)
+        return cls(**checked(cls, d))
 
 # %% ../nbs/14_distill.ipynb #8b7a8786
 toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
@@ -85,7 +83,7 @@ class DMD2:
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface
         fake:nn.Module,      # Fake score
-        cfg:DMD2Config,
+        cfg:DMD2Config,      # The run's numbers
         head:nn.Module=None, # GAN head on `fake.encode`; made when the GAN is on
         shape:tuple=None,    # Of a sample without batch; asked of `G` or the teacher when absent
         pairs=None,          # `TeacherPairs`, for `w_reg`
@@ -276,7 +274,7 @@ class DMD2:
 # %% ../nbs/14_distill.ipynb #f4b83f58
 def _rows(n): return sum(n) if isinstance(n, tuple) else n
 
-def trainable(m:nn.Module)->list:
+def trainable(m:nn.Module)->list: # Network
     "Parameters that learn"
     return [p for p in m.parameters() if p.requires_grad]
 

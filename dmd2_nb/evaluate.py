@@ -26,7 +26,7 @@ from .sampling import few_step_sample, heun_sample
 def eval_conds(
     data,       # `ImageData` whose conditions are wanted
     n:int,      # How many
-    seed:int=0,
+    seed:int=0, # Names the random draws
 ): # A tree with n rows, or None
     "Conditions with the data's frequencies"
     return data.conds(stream_rows(len(data), torch.arange(n), seed+1000)[0])
@@ -34,7 +34,7 @@ def eval_conds(
 def unit_noise(
     n:int,       # How many samples
     shape:tuple, # Of one
-    seed:int=0,
+    seed:int=0,  # Names the random draws
 )->Tensor: # On the CPU, so that all devices start alike
     "The noise of samples 0..n-1"
     return torch.randn(n, *shape, generator=rng(seed, 77))
@@ -58,9 +58,9 @@ def draw(
     sampler,        # `sampler(z, cond, generator) -> x`
     shape:tuple,    # Of a sample
     conds,          # Condition of each sample, a tree with n rows; an integer n where there is none
-    seed:int=0,
+    seed:int=0,     # Names the random draws
     batch=None,     # Samples at a time; 250 on a CPU, 1000 elsewhere
-    device='cpu',
+    device='cpu',   # Where it works
     progress=None,  # Wraps the iteration over batches
 )->Tensor: # Bytes, (n, *shape), on the CPU
     "Samples in batches, as bytes"
@@ -166,7 +166,7 @@ def best_row(
 # %% ../nbs/25b_evaluate.ipynb #694656b5
 def extractor(
     name:str,     # 'small_classifier', 'lite0' or another of `features`; 'pixels' for the images themselves
-    device='cpu',
+    device='cpu', # Where it works
 ): # `extract(images uint8) -> features (n, d)`
     "A feature extractor by name"
     if name=='pixels': return lambda x: to_float(x.to(device)).flatten(1)
@@ -200,7 +200,7 @@ def teacher_samples(
     conds,         # Conditions, a tree with n rows
     weights,       # Its file; its checksum names the samples
     sampler:dict,  # steps, S_churn ...
-    seed:int=0,
+    seed:int=0,    # Names the random draws
     cache=None,    # File to look into first
     **kwargs,      # For `draw`
 )->Tensor: # Bytes, (n, *shape)

@@ -46,7 +46,7 @@ def tracking_error(
     fake,           # Fake score
     x:Tensor,       # Fresh samples of the generator, (n, *dims)
     sigma:Tensor,   # Noise levels, (n,)
-    cond=None,
+    cond=None,      # Condition of each sample
     noise=None,     # Unit noise like `x`
     exact=None,     # Denoiser to compare with; the empirical one of `x` when absent
 )->Tensor: # Mean squared distance between the two estimates in units of sigma, ()

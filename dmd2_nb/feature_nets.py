@@ -13,7 +13,7 @@ from torch import nn, Tensor
 # %% ../nbs/24a_feature_nets.ipynb #4387afd9
 class SmallClassifier(nn.Module):
     "Convolutions, a vector, classes"
-    def __init__(self, channels=1, classes=10, width=32, dim=64):
+    def __init__(self, channels=1, classes=10, width=32, dim=64): # Colours; classes; channels of the first layer; features it gives
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, dim=dim)
         w = [channels, width, 2*width, 4*width]
@@ -53,7 +53,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(
-    net:SmallClassifier,
+    net:SmallClassifier, # Classifier to test
     data, # `ImageData` with labels
 )->float: # 0 to 1
     "Share of images that are named rightly"
@@ -75,7 +75,7 @@ def _norm(n): return nn.BatchNorm2d(n, eps=1e-3)
 
 class LiteBlock(nn.Module):
     "Expand, filter each channel, project"
-    def __init__(self, a, b, kernel, stride, expand):
+    def __init__(self, a, b, kernel, stride, expand): # Channels in and out; side and stride of the depthwise filter; widening in between
         super().__init__()
         w = a*expand
         if expand>1: self._expand_conv,self._bn0 = nn.Conv2d(a, w, 1, bias=False),_norm(w)
@@ -91,7 +91,7 @@ class LiteBlock(nn.Module):
 # %% ../nbs/24a_feature_nets.ipynb #816de8d6
 class Lite0(nn.Module):
     "EfficientNet-Lite0; parameter names are those of the published file"
-    def __init__(self, size=128):
+    def __init__(self, size=128): # Side that images are brought to
         super().__init__()
         self.size = size
         self._conv_stem,self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False),_norm(32)

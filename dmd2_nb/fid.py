@@ -65,7 +65,7 @@ class Stats:
         return cls(str(a.get('features', '')), int(a.get('n', 0)), mu, cov)
 
 # %% ../nbs/25_fid.ipynb #20e89b65
-def warn_few(n, d):
+def warn_few(n, d): # Images and features
     "Say so where a covariance cannot be known"
     if n and n<d: warnings.warn(f'{n} images for {d} features: the covariance is singular and the Fréchet distance far too large; look at KID', stacklevel=4)
 
@@ -111,7 +111,7 @@ def fid(
 def frechet_jackknife(
     fa:Tensor,     # Features, (n, d)
     fb,            # Reference: features (m, d), or fixed statistics, which then have no error of their own
-    blocks:int=10,
+    blocks:int=10, # Parts that are left out in turn
 )->tuple: # (value, standard error)
     "Fréchet distance with a block jackknife"
     def moments(f):
@@ -141,7 +141,7 @@ def kid(
     "Kernel Inception distance, or kernel distance of other features"
     return kid_features(*(as_features(o, features) for o in (a, b)), blocks)
 
-def as_features(o, features=None)->Tensor:
+def as_features(o, features=None)->Tensor: # Images or features; the extractor that turns the first into the second
     "Images or features, as features"
     if isinstance(o, Tensor) and o.ndim==2: return o
     if isinstance(o, Stats): raise ValueError('this needs the features of all images; means and covariances are not enough')
@@ -210,7 +210,7 @@ def patch_fid(
     a,           # Images at full resolution, or a folder
     b,           # The reference, likewise
     features,    # `inception()`
-    size:int=299,
+    size:int=299, # Side of the patches
 )->float:
     "FID of centre patches: the fine detail that FID's resizing hides"
     return fid(patches(a, size), patches(b, size), features)
@@ -241,7 +241,7 @@ VGG_URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
 
 def lpips(
     path=None,      # VGG-16 weights of torchvision; looked for in the caches when absent
-    device='cpu',
+    device='cpu',   # Where it works
     download=False, # May the file (553 MB) be fetched?
 ): # `distance(x, y) -> (b,)`
     "LPIPS with VGG-16: torchmetrics' graph and fitted weights, backbone weights from torchvision's file"
@@ -259,7 +259,7 @@ def lpips(
 # %% ../nbs/25_fid.ipynb #f57fb0e8
 def inception_score(
     a,              # Class logits (n, classes), or images as for `batches_of`
-    splits:int=10,
+    splits:int=10,  # Parts whose scores are averaged
     seed:int=2020,  # torch-fidelity's shuffle
     features=None,  # `inception(layer='logits_unbiased')`, where images are given
 )->tuple: # (mean, spread over splits)
@@ -286,8 +286,8 @@ def compare_features(
     fa:Tensor,      # Features, (n, d)
     fb:Tensor,      # Of the real images, (m, d)
     name:str,       # Of the features
-    k:int=3,
-    blocks:int=10,
+    k:int=3,        # Neighbours for precision and recall
+    blocks:int=10,  # Parts that errors are estimated from
 )->dict: # As from `compare`
     "All distances between two sets of features"
     fd,blocks = 'fid' if name=='inception' else 'frechet',min(blocks, len(fa)//2, len(fb)//2)

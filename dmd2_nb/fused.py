@@ -16,7 +16,7 @@ def norm_silu_plain(
     A:Tensor,    # Gain of each sample and channel, (b, c)
     B:Tensor,    # Offset, (b, c)
     groups:int,  # Groups of channels
-    eps:float=1e-5,
+    eps:float=1e-5,  # Floor of the variance
     pre:Tensor=None, # Added to `x` first, (b, c): the bias of the convolution before
     act:bool=True,   # Whether SiLU follows
 )->Tensor: # Like `x`
@@ -173,7 +173,7 @@ class _Residual(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         return dy, dy, _launch('sums', dy, out='sums')[:,0].sum(0) if ctx.needs_input_grad[2] else None
 
-def fusable(x:Tensor)->bool:
+def fusable(x:Tensor)->bool: # Input of the norm, (b, c, *dims)
     "Whether the fused path takes `x`: a CUDA device, half precision, switched on"
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fused.on and not torch.compiler.is_compiling()
 
@@ -191,7 +191,7 @@ def norm_silu(
     A:Tensor,    # Gain of each sample and channel, (b, c)
     B:Tensor,    # Offset, (b, c)
     groups:int,  # Groups of channels
-    eps:float=1e-5,
+    eps:float=1e-5,  # Floor of the variance
     pre:Tensor=None, # Added to `x` first, (b, c)
     act:bool=True,   # Whether SiLU follows
 )->Tensor: # Like `x`; channels-last on the fused path
@@ -201,6 +201,6 @@ def norm_silu(
 class fused:
     "Switch of the fused path, also a context: `with fused(False): ...`"
     on = True
-    def __init__(self, on=True): self.was,fused.on = fused.on,on
+    def __init__(self, on=True): self.was,fused.on = fused.on,on # Whether fused kernels are used inside the block
     def __enter__(self): return self
     def __exit__(self, *_): fused.on = self.was

@@ -85,7 +85,9 @@ class FewStepGenerator:
         path = Path(path)
         G,meta = load_denoiser(path/'generator.safetensors' if path.is_dir() else path, device)
         if 'levels' not in meta: raise ValueError(f'{path} is a denoiser without levels: a teacher, not a generator')
-        return cls(G, meta.pop('levels'), meta.pop('classes', ()), meta.pop('styles', ()), **meta)
+        levels,names = meta.pop('levels'),[meta.pop(k, ()) for k in ('classes', 'styles')]
+        try: return cls(G, levels, *names, **meta)
+        except (TypeError, ValueError) as e: raise ValueError(f'{path} has metadata that cannot be used ({e})') from None
 
     def push_to_hub(self,
         repo_id:str, # Repository on the Hugging Face hub, user/name
@@ -109,7 +111,7 @@ def _index(names, v):
 
 def load_generator(
     name_or_path, # A run folder, a .safetensors file, or the name of a bundled generator
-    device='cpu',
+    device='cpu', # Where it works
 )->FewStepGenerator:
     "Open a generator from a folder, a file or by its bundled name"
     p = Path(name_or_path)

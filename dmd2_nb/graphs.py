@@ -9,7 +9,7 @@ __all__ = ['CudaGraph', 'GraphedDMD2']
 import torch
 from torch import nn, Tensor
 
-from .core import cond_map
+from .core import cond_index, cond_map
 from .distill import DMD2
 
 # %% ../nbs/14c_graphs.ipynb #fc4f597f
@@ -45,7 +45,7 @@ class CudaGraph:
 # %% ../nbs/14c_graphs.ipynb #b8fb8736
 class GraphedDMD2(DMD2):
     "`DMD2` whose generator and critic updates replay as CUDA graphs; the loop around it is the same"
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs): # As for `DMD2`
         self.capturable = True
         self._slots,self._slot,self._pool = {},None,None
         super().__init__(*args, **kwargs)
@@ -70,7 +70,9 @@ class GraphedDMD2(DMD2):
         return v
     def randn(self, stream, n): return self._draw('randn', stream, n)
     def sigma(self, stream, n, bins): return self._draw('sigma', stream, n, tuple(bins))
-    def pair_batch(self, stream, n): return self.pairs.at(self._draw('pair_rows', stream, n))
+    def pair_batch(self, stream, n):
+        i,p = self._draw('pair_rows', stream, n),self.pairs
+        return p.z[i], p.x[i], cond_index(p.conds, i)
 
     def _replay(self, key, fn, *args):
         shapes = []

@@ -34,7 +34,7 @@ class ComparisonGrid:
     "Rows with a text, columns with a name, a picture in each cell"
     def __init__(self,
         rows:list,    # A text per row, such as the prompt
-        title:str='',
+        title:str='', # Of the page
         note:str='',  # A line below: seeds, date, what was compared
     ):
         if not rows: raise ValueError('a grid needs at least one row')
@@ -97,7 +97,7 @@ def gallery(
     draw,           # `draw(prompts, seeds) -> uint8 (n, 3, h, w)`, such as a preset's `sample`
     prompts:list,   # Texts
     seeds:list,     # Integers
-    title:str='',
+    title:str='',   # Of the page
 )->ComparisonGrid: # Prompts down, seeds across
     "A sheet of pictures of one model"
     grid = ComparisonGrid(prompts, title, f"seeds {', '.join(map(str, seeds))}")

@@ -49,7 +49,7 @@ def label_range(labels:Tensor)->tuple: # (lowest, highest)
     "Extremes of integer labels"
     return int(labels.min()),int(labels.max())
 
-def check_labels(labels, classes, path):
+def check_labels(labels, classes, path): # Labels (n,); how many classes there may be; file to name in the message
     "Labels must lie in 0..classes-1; the number of classes when it wasn't given"
     if labels is None: return 0
     if labels.is_floating_point():
@@ -119,7 +119,7 @@ def folder_images(
 MAX_ENTRY = 2**28  # Bytes an image may claim to unpack to
 MAX_JSON = 2**30   # dataset.json of a million images is about 50 MB
 
-def safe_name(name, path):
+def safe_name(name, path): # Entry of an archive; the archive, for the message
     "Refuse names that leave the archive"
     p = PurePosixPath(name)
     if p.is_absolute() or '..' in p.parts or '\\' in name or ':' in name: raise ValueError(f"{path}: unsafe entry name '{name}'")

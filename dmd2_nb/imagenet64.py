@@ -120,14 +120,14 @@ class StatsJudge:
         "The same for n of the real images"
         return self(self.real.images[torch.randperm(len(self.real), generator=rng(seed, 79))[:n]])
 
-def paper_judge(r, data, held=None, device='cpu', reference=None):
+def paper_judge(r, data, held=None, device='cpu', reference=None): # Recipe; images and held-out ones; where to work; statistics to compare with instead
     "The judge of a recipe; `r.features` is a name or `Features`"
     return StatsJudge(feature_extractor(r.features, device) if isinstance(r.features, str) else r.features, data, reference)
 
 # %% ../nbs/23_imagenet64.ipynb #30136d18
 def imagenet64_recipe(
     run:str='scratch',  # As for `imagenet64_config`
-    recipe:str='paper',
+    recipe:str='paper', # 'paper', 'pretrain', 'resume' or 'fastgen'
 )->Recipe:
     "All that a run needs besides the files"
     paper = recipe=='paper'

@@ -10,17 +10,18 @@ __all__ = ['COLUMNS', 'open_data', 'open_teacher', 'open_judge', 'open_model', '
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
-import shutil, tempfile
+import json, shutil, tempfile, warnings
 
 import torch
 
 from .assets import data_path, sha256
-from .checkpoint import load_folder, load_into
+from .checkpoint import load_folder, load_into, load_last, newest, save_step, steps
 from .core import cond_index, cond_to, default_device, to_device
 from .distill import DMD2
 from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
-from .images import ImageData, in_memory, open_images
+from .guards import Guard, check_weights, guarded
+from .images import ImageData, in_memory, open_images, to_float
 from .parallel import World, each_rank
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
@@ -46,10 +47,10 @@ def open_data(
     return data.holdout(r.holdout) if r.holdout else (data, None)
 
 def open_teacher(
-    r:Recipe,
+    r:Recipe,       # What is known of the data set
     data:ImageData, # What it must fit
     path=None,      # Weights or run folder; the bundled ones when absent
-    device='cpu',
+    device='cpu',   # Where it works
 ): # `(teacher, file)`
     "A teacher that fits the images"
     if path is None and not r.bundled: raise ValueError(f"the teacher of '{r.data}' does not come along: give its file (--teacher)")
@@ -63,10 +64,10 @@ def open_teacher(
 
 # %% ../nbs/26a_jobs.ipynb #93e51aa4
 def open_judge(
-    r:Recipe,
+    r:Recipe,       # What is known of the data set
     data:ImageData, # Trained on
     held=None,      # Held out
-    device='cpu',
+    device='cpu',   # Where it works
 )->Judge:
     "What samples are compared with"
     if r.judge: return r.judge(r, data, held, device)
@@ -79,7 +80,7 @@ def open_judge(
 # %% ../nbs/26a_jobs.ipynb #6e7d8e97
 def open_model(
     source,       # Run folder, .safetensors file, or name of bundled weights
-    device='cpu',
+    device='cpu', # Where it works
     steps=None,   # Heun steps of a teacher
 ): # `(sampler, model)`: for `evaluate.draw`, and a `FewStepGenerator` that knows labels
     "A teacher or a generator, ready to be sampled"
@@ -99,22 +100,19 @@ def open_model(
 def _call(pictures, name, *args):
     if pictures and name in pictures: pictures[name](*args)
 
-def _say(say, *text):
-    if say: say(*text)
-
 def _classes(data):
     "Names of the classes; numbers where an image set has none"
     return data.class_names or tuple(map(str, range(data.label_dim if data.cond is None else 0)))
 
 # %% ../nbs/26a_jobs.ipynb #bfde2da3
 def train_teacher_job(
-    r:Recipe,
+    r:Recipe,         # What is known of the data set
     out='runs',       # Folder of all runs
     name=None,        # Name of the run; DATA-teacher-N when absent
     overwrite=False,  # Start a named run anew
     device=None,      # Where to train; the best there is when absent
     source=None,      # Other images of the same kind
-    seed:int=0,
+    seed:int=0,       # Names the random draws
     n_eval=None,      # Samples of the final evaluation
     graph=False,      # Replay updates as a CUDA graph
     compile=False,    # torch.compile the network
@@ -132,12 +130,9 @@ def train_teacher_job(
     judge,n_eval = open_judge(r, data, held, device),n_eval or r.n_eval
     config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, f'{r.data}-teacher', name, overwrite) as run:
-        back,start,seconds = {},0,0.
-        if run.state.exists():
-            back = load_teacher_run(run.state, D)
-            start = back['start']
-            seconds = next((o['seconds'] for o in reversed(read_log(run/'log.csv')) if o['step']<=start), 0.)
-        _say(say, f'{run.folder}: ' + (f'goes on at update {start}' if start else f'{sum(p.numel() for p in D.parameters()):,} weights on {device}'))
+        back,kept = load_last(run.state, lambda p: (load_teacher_run(p, D), json.loads((p/'state.json').read_text())['extra']), say or warnings.warn)[0] or ({}, {})
+        start = back.get('start', 0)
+        if say: say(f'{run.folder}: ' + (f'goes on at update {start}' if start else f'{sum(p.numel() for p in D.parameters()):,} weights on {device}'))
         if compile: D.model.compile()
         kinds,last = sheet_conds(data),{}
         def logs():
@@ -147,15 +142,17 @@ def train_teacher_job(
                 last.update(o)
                 yield dict(loss=o['loss'])
         sampler = lambda: teacher_sampler(last['ema'].net, **r.sampler)
-        acts = [(r.teacher_every['save'], lambda step,sec: save_teacher_run(run.state, D, last)),
-                (r.teacher_every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
-                (r.teacher_every['eval'], lambda step,sec: judge(draw(sampler(), data.shape, eval_conds(data, r.n_watch), seed+1, device=device), fast=True))]
-        seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss kid', r.teacher_every['log'], acts, seconds, stop=stop,
-                         bar=(pictures or {}).get('bar', Progress))
+        after = [(r.teacher_every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds))]
+        acts = [(r.teacher_every['eval'], lambda step,sec: judge(draw(sampler(), data.shape, eval_conds(data, r.n_watch), seed+1, device=device), fast=True))]
+        def save(step, **more):
+            check_weights(dict(net=D, average=last['ema']), step)
+            save_step(run.state, step, lambda p: save_teacher_run(p, D, last, **more))
+        seconds = follow(logs(), run, ('loss', *judge.columns), t['steps'], start, 'loss kid', r.teacher_every['log'], acts, kept.get('seconds', 0.), stop=stop,
+                         save=(r.teacher_every['save'], save), means=kept.get('means', ()), after=after, bar=(pictures or {}).get('bar', Progress))
         if stop and stop<t['steps']: return run
         file = save_denoiser(last['ema'].net if last else back['ema'].net, run/'teacher.safetensors', torch.float16, data=r.data, classes=_classes(data), styles=data.style_names)
         teacher,_ = load_denoiser(file, device)
-        _say(say, f'{file.name} written; now {n_eval:,} samples at {r.sampler["steps"]} Heun steps')
+        if say: say(f'{file.name} written; now {n_eval:,} samples at {r.sampler["steps"]} Heun steps')
         x = draw(teacher_sampler(teacher, **r.sampler), data.shape, eval_conds(data, n_eval), device=device)
         rows = dict(real=judge.floor(n_eval), teacher=judge(x) | dict(nfe=2*r.sampler['steps']-1))
         _call(pictures, 'curves', run/'curves.png', read_log(run/'log.csv'), 'loss kid')
@@ -164,18 +161,18 @@ def train_teacher_job(
     return run
 
 # %% ../nbs/26a_jobs.ipynb #675668a9
-COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos'.split())
+COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos critic_lag ema_dist'.split())
 
 # %% ../nbs/26a_jobs.ipynb #83a61aa4
 def first_networks(
-    r:Recipe,
+    r:Recipe,   # What is known of the data set
     T,          # Teacher
     begin=None, # Earlier run, see `distill_job`
 ): # `(generator, fake score)`
     "What a run starts from"
     G,fake = deepcopy(T).requires_grad_(True),(r.critic or deepcopy)(T).requires_grad_(True)
     if begin is None: return G,fake
-    p = next((o for o in (Path(begin)/'state', Path(begin)) if (o/'state.json').is_file()), None)
+    p = newest(Path(begin)/'state') or newest(begin)
     if p is None: nets = {k: v.state_dict() for k,v in load_dmd2_edm(begin).items() if k in ('generator', 'fake_score')}
     else: nets = load_folder(p)[0]
     for n,net in dict(generator=G, fake=fake).items():
@@ -184,7 +181,7 @@ def first_networks(
 
 # %% ../nbs/26a_jobs.ipynb #177e3280
 def distill_job(
-    r:Recipe,
+    r:Recipe,         # What is known of the data set
     teacher=None,     # Weights or run folder of the teacher; the bundled one when absent
     out='runs',       # Folder of all runs
     name=None,        # Name of the run; DATA-N when absent
@@ -202,6 +199,7 @@ def distill_job(
     world=World(),    # From `parallel.setup`: the process among those that share each batch
     accum:int=1,      # Pieces that each process cuts its share into
     begin=None,       # Earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2
+    guard='stop',     # After an alarm 'stop', 'rollback' to the last good checkpoint with half of the learning rates, or 'off': do not look
     **changes,        # Of the `DMD2Config`
 )->Run:
     "Distil a teacher; generator.safetensors, metrics.json and log.csv in the run's folder"
@@ -211,6 +209,7 @@ def distill_job(
     judge,n_eval,iters = open_judge(r, data, held, device),n_eval or r.n_eval,r.iters if iters is None else iters
     if r.continues and begin is None: raise ValueError(f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)")
     if iters<=cfg.warmup_fake: raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
+    if guard not in ('stop', 'rollback', 'off'): raise ValueError(f"guard must be stop, rollback or off, got '{guard}'")
     if (world.many or accum>1) and (graph or compile): raise ValueError('--graph and --compile are for one process and whole batches')
     make,shared = DMD2,{}
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
@@ -220,30 +219,36 @@ def distill_job(
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
     config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, r.data, name, overwrite) as run:
-        state = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
+        root = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
         save,load = (save_parallel, load_parallel) if shared else (save_state, load_state)
-        seconds = load(dmd, state).get('seconds', 0.) if state.exists() else 0.
-        _say(say, f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
-        if r.note: _say(say, r.note)
+        kept = load_last(root, lambda p: load(dmd, p), say or warnings.warn)[0] or {}
+        if say: say(f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
+        if r.note and say: say(r.note)
         if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
-        start,kinds = dmd.step,sheet_conds(data)
-        sampler = lambda G=None: student_sampler(G or dmd.ema.net, cfg.levels)
+        kinds,sampler = sheet_conds(data),lambda G=None: student_sampler(G or dmd.ema.net, cfg.levels)
         watch = (r.conds or eval_conds)(data, min(r.n_watch, n_eval))
         def evaluate(step, sec):
             row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
             return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
-        acts = [(r.every['save'], lambda step,sec: save(dmd, state, seconds=sec) and None)]
         facts = dict(levels=cfg.levels, classes=_classes(data), styles=data.style_names, data=r.data)
-        if world.main:
-            acts += [(r.every.get('keep', 0), lambda step,sec: save_denoiser(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', torch.float16, **facts) and None),
-                     (r.every['show'], lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds)),
-                     (r.every['eval'], evaluate)]
+        watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else 128, alone=not world.many)
+        watcher.load(kept.get('guard'))
+        write = lambda step,**more: save_step(root, step, lambda p: save(dmd, p, **more | dict(guard=watcher.state(), rollbacks=kept.get('rollbacks', 0))), 2*world.main)
+        if guard=='rollback' and not dmd.step: write(0)
+        acts = [(r.every['eval']*world.main, evaluate)]
+        after = [(r.every.get('keep', 0)*world.main, lambda step,sec: save_denoiser(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', torch.float16, **facts)),
+                 (r.every['show']*world.main, lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds))]
         mine = lambda stream: (cond_index(o, world.rows(cfg.batch//world.size)) for o in stream) if world.many else stream
-        reals = mine(batches(data, cfg.batch, cfg.seed+1, start, device, r.flip)) if cfg.gan or cfg.rollout!='sim' else None
-        logs = train(dmd, mine(cond_batches(data, cfg.batch, cfg.seed+2, start, device)), iters-start, reals)
+        streams = lambda at: (mine(cond_batches(data, cfg.batch, cfg.seed+2, at, device)), mine(batches(data, cfg.batch, cfg.seed+1, at, device, r.flip)) if cfg.gan or cfg.rollout!='sim' else None)
         columns = COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in judge.columns)
-        seconds = follow(logs, run, columns, iters, start, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, seconds, lambda: dict(g_updates=dmd.g_updates), stop,
-                         bar=(pictures or {}).get('bar', Progress) if world.main else _Silent)
+        def go():
+            conds,reals = streams(dmd.step)
+            logs = train(dmd, conds, iters-dmd.step, reals)
+            return follow(logs if guard=='off' else watcher.watch(logs), run, columns, iters, dmd.step, 'dmd_loss fake_loss gan_g_loss kid', r.every['log'], acts, kept.get('seconds', 0.),
+                          lambda: dict(g_updates=dmd.g_updates) | watcher.numbers(), stop, (pictures or {}).get('bar', Progress) if world.main else _Silent, (r.every['save'], write), after, kept.get('means', ()),
+                          (lambda o: next(filter(None, each_rank(o)), None)) if world.many else None)
+        seconds = guarded(go, watcher, run.folder, guard=='rollback', lambda: steps(root), lambda p: load(dmd, p), lambda **more: write(dmd.step, **more), kept,
+                          lambda step: [o and next(o) for o in streams(step)])
         if world.main and not (stop and stop<iters): _finish(r, run, T, file, dmd, data, judge, n_eval, seconds, device, pictures, say, keep_state)
     if not world.main: shutil.rmtree(out); return None
     return run
@@ -257,7 +262,7 @@ def _finish(r, run, T, teacher_file, dmd, data, judge, n, seconds, device, pictu
     "Write the generator, measure the file that was written, draw"
     levels,conds = dmd.cfg.levels,(r.conds or eval_conds)(data, n)
     file = save_denoiser(dmd.ema.net, run/'generator.safetensors', torch.float16, levels=levels, classes=_classes(data), styles=data.style_names, data=r.data)
-    _say(say, f'{file.name} written; now {n:,} samples of each for metrics.json')
+    if say: say(f'{file.name} written; now {n:,} samples of each for metrics.json')
     G,_ = load_denoiser(file, device)
     cache = bundled_samples(r.data)
     measured = lambda D: judge(draw(student_sampler(D, levels), data.shape, conds, device=device)) | dict(nfe=len(levels))

@@ -69,7 +69,7 @@ class Real:
     see:Features  # The network that sees
     sets:dict     # Name -> features (n, d); the first is the main one, or its `Stats`
     data:object   # Images whose conditions samples get; None where there are none
-    source:str
+    source:str    # Where they come from
 
     @classmethod
     def of(cls,
@@ -150,7 +150,7 @@ def measure(
     seeds=(0,),      # Sampling seeds, each a row
     sweep=False,     # Sources are folders of checkpoints
     steps=None,      # Heun steps of teachers
-    device='cpu',
+    device='cpu',    # Where it works
     say=print,       # Where messages go
     **real,          # For `Real.of`: features, weights, download
 )->dict: # `rows` by name, and the `settings` they share

@@ -59,7 +59,7 @@ def mmd(
         return sum((-d2/(2*s**2)).exp() for s in w)/len(w)
     return mmd2_unbiased(*(_kernel_sums(kernel, x, y).sum() for x,y in ((a, a), (b, b), (a, b))), len(a), len(b), len(a)*1., len(b)*1.).item()
 
-def mmd2_unbiased(saa, sbb, sab, n, m, daa, dbb):
+def mmd2_unbiased(saa, sbb, sab, n, m, daa, dbb): # Kernel sums within and between two sets, their sizes, and the sums' diagonals
     "From sums of the kernel within and between clouds; `daa`, `dbb` are the sums over the diagonals"
     return (saa-daa)/(n*(n-1)) + (sbb-dbb)/(m*(m-1)) - 2*sab/(n*m)
 
@@ -209,7 +209,7 @@ def sample_floor(
     metric,      # `metric(a, b) -> float`
     sample,      # `sample(n) -> (n, *dims)`, from the true distribution
     n:int,       # Size of both clouds
-    repeats:int=5,
+    repeats:int=5, # Pairs of sets drawn
 )->tuple: # (mean, standard deviation)
     "What a perfect model scores"
     v = torch.tensor([metric(sample(n), sample(n)) for _ in range(repeats)], dtype=torch.float64)

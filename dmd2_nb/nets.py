@@ -90,7 +90,7 @@ class ResBlock(nn.Module):
         cin:int,  # Channels in
         cout:int, # Channels out
         emb:int,  # Size of the embedding
-        dropout:float=0.,
+        dropout:float=0., # Share of features dropped in training
     ):
         super().__init__()
         self.norm1,self.conv1 = nn.GroupNorm(_groups(cin), cin),nn.Conv2d(cin, cout, 3, padding=1)
@@ -131,7 +131,7 @@ class UNet(nn.Module):
         blocks:int=1,              # Blocks at each resolution
         attn:bool=True,            # Self-attention at the lowest resolution
         emb:int=128,               # Size of the embedding
-        dropout:float=0.,
+        dropout:float=0.,          # Share of features dropped in training
     ):
         super().__init__()
         if img_resolution % 2**(len(channels)-1): raise ValueError(f'{img_resolution} pixels cannot be halved {len(channels)-1} times')

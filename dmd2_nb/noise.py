@@ -58,7 +58,7 @@ def lognormal_sigmas(
     P_mean:float=-1.2,# Mean of ln σ
     P_std:float=1.2,  # Standard deviation of ln σ
     generator=None,   # `torch.Generator` to draw with
-    device=None,
+    device=None,      # Where it comes to lie
 )->Tensor: # Levels, (n,)
     "EDM's training law of noise levels (its table 1)"
     return (P_mean + P_std*torch.randn(n, generator=generator, device=device)).exp()
@@ -95,7 +95,7 @@ def sample_sigma(
     lo:int=0,       # Lowest bin of 1000
     hi:int=999,     # Highest bin, inclusive
     generator=None, # `torch.Generator` to draw with
-    device=None,
+    device=None,    # Where it comes to lie
 )->Tensor: # Levels, (n,)
     "Levels drawn evenly from the denoiser's bins `lo..hi`, or from EDM's 1000"
     if not 0<=lo<=hi<=999: raise ValueError(f'bins must satisfy 0 <= lo <= hi <= 999, got {lo}..{hi}')
@@ -108,7 +108,7 @@ def bin_sigmas(
     lo:int=0,       # Lowest bin of 1000
     hi:int=999,     # Highest bin, inclusive
     generator=None, # `torch.Generator` to draw with
-    device=None,
+    device=None,           # Where it comes to lie
     sigma_min:float=0.002, # Level of bin 0
     sigma_max:float=80.,   # Level of bin 999
 )->Tensor: # Levels, (n,)

@@ -110,7 +110,7 @@ def fingerprint(
 # %% ../nbs/36_parallel.ipynb #f064e8ef
 def all_ranks_same(
     value, # Anything `fingerprint` takes; shown in the error if it is a plain value
-    what:str='a value that must be the same on all ranks',
+    what:str='a value that must be the same on all ranks', # Words for the message
 ): # `value`
     "Stop all ranks with one message if they disagree"
     plain = value is None or isinstance(value, (bool, int, float, str)) or isinstance(value, (list, tuple)) and all(isinstance(v, (bool, int, float, str)) for v in value)
@@ -120,7 +120,7 @@ def all_ranks_same(
 
 def all_ranks_differ(
     value, # Anything `fingerprint` takes
-    what:str='a value that must differ between ranks',
+    what:str='a value that must differ between ranks', # Words for the message
 ): # `value`
     "Stop all ranks with one message if two hold the same"
     vs = each_rank(fingerprint(value))
@@ -143,7 +143,7 @@ def in_step(
     while not any_rank((b := next(it, end)) is end): yield b
 
 # %% ../nbs/36_parallel.ipynb #d419a400
-def rematerialise(*modules):
+def rematerialise(*modules): # Modules whose activations are forgotten
     "Forget activations inside each module and compute them again in the backward pass"
     from functools import partial
     from torch.utils.checkpoint import checkpoint
@@ -153,7 +153,7 @@ def rematerialise(*modules):
     for m in modules: m.forward = partial(run, m.forward)
 
 def shard_units(
-    net:nn.Module,
+    net:nn.Module,      # Network to take apart
     largest:float=1/8,  # Of the network's parameters: a module with more is taken apart
     least:float=1/512,  # A module with fewer stays with the root
 )->list: # Modules, none inside another
@@ -259,7 +259,7 @@ def on_meta(
 def fill(
     net:nn.Module, # Network, sharded or not, perhaps still without memory
     weights,       # `weights(name, shape) -> Tensor`, called on all ranks with the same names
-    device,
+    device,        # Where the parameters come to lie
 )->nn.Module:
     "Give a network its parameters, one at a time: no rank ever holds more than its share and one of them"
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -36,7 +36,7 @@ class Traffic:
 def traffic(
     sizes:dict,   # Parameters of teacher, G, fake, and with the GAN of encode (part of fake) and head
     runs:dict,    # From `passes`
-    ranks:int,
+    ranks:int,    # Processes that share the work
     shards:int=1, # Ranks that share one copy: 1 is DDP, `ranks` is FSDP2, between them hybrid
     accum:int=1,  # Pieces of a rank's batch
     weight:int=2, # Bytes of a parameter on its way (bf16)

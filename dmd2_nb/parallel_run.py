@@ -27,7 +27,7 @@ from .weights import build_denoiser, denoiser_config
 # %% ../nbs/36a_parallel_run.ipynb #7a03faf9
 class ParallelDMD2(DMD2):
     "`DMD2` over the processes of a run; what it computes depends on the whole batch, not on how it is shared"
-    def __init__(self, teacher, G, fake, cfg, *args,
+    def __init__(self, teacher, G, fake, cfg, *args, # As for `DMD2`
         world=World(),      # From `setup`
         mode:str='ddp',     # 'ddp': a copy on each rank; 'fsdp': a piece on each rank
         shards:int=None,    # 'fsdp': ranks that share one copy; all when absent

@@ -45,7 +45,7 @@ def show_points(
     size=4.,       # Area of a point
     alpha=0.5,     # Opacity
     colors=None,   # One colour per cloud
-    title=None,
+    title=None,    # Above the axes
 ): # Axes
     "Scatter one or more clouds over each other"
     for x in xs:
@@ -72,7 +72,7 @@ def show_field(
     pixels=120,   # Resolution of the density
     cond=None,    # Passed on to a denoiser, repeated for each point
     color='w',    # Of the arrows
-    title=None,
+    title=None,   # Above the axes
 ): # Axes
     "Density as colour, score as arrows, at one noise level"
     from dmd2_nb.core import cond_repeat
@@ -130,7 +130,7 @@ def show_images(
     rows=None,     # One text per row, written at its left
     ax=None,       # Axes to draw on
     size=0.8,      # Width of one image in inches
-    title=None,
+    title=None,    # Above the axes
 ): # Axes
     "Images in a grid"
     n = len(images)
@@ -193,7 +193,7 @@ def show_losses(
     if ax is not None: ax.legend(fontsize='small')
     return ax if ax is not None else axs
 
-def moving_average(ys, halflife):
+def moving_average(ys, halflife): # Numbers (n,), missing ones NaN; points after which half of an old value is left
     "Exponential moving average without the pull towards its start"
     d,m,w,out = 0.5**(1/halflife),0.,0.,[]
     for y in ys:

@@ -71,7 +71,7 @@ PRESETS = {
 # %% ../nbs/37a_presets.ipynb #957ce307
 def apply_preset(
     pipe,         # A diffusers text-to-image pipeline
-    preset:Preset,
+    preset:Preset, # How the model wants to be sampled
 ): # The pipeline
     "The preset's scheduler, on the pipeline's own noise schedule"
     import diffusers
@@ -86,7 +86,7 @@ def apply_preset(
 @torch.no_grad()
 def sample(
     pipe,          # From `apply_preset`
-    preset:Preset,
+    preset:Preset, # How the model wants to be sampled
     prompts:list,  # Texts
     seeds:list,    # One integer per picture
     size=None,     # Pixels; the preset's when absent
@@ -102,11 +102,11 @@ def sample(
 
 # %% ../nbs/37a_presets.ipynb #d12a53f0
 def open_pipeline(
-    preset:Preset,
+    preset:Preset,      # How the model wants to be sampled
     base=None,          # Local folder of the pipeline instead of the preset's
     unet=None,          # Local file of the distilled U-Net, or folder of a diffusers one
-    device='cpu',
-    dtype=torch.float16,
+    device='cpu',       # Where it works
+    dtype=torch.float16, # Of the weights
     download=False,     # May what is missing be fetched (about 7 GB for SDXL, 5 GB for each U-Net)?
 ): # Pipeline with the preset's network and scheduler
     "The whole model of a preset"

@@ -27,8 +27,8 @@ fashion16_config = DMD2Config(
     dm_bins=(200,700), fake_bins=(150,800), gan_bins=(100,700), gan_g=0.02, gan_d=0.03, gan_start=100, warmup_fake=60, ema_halflife=20., seed=0)
 
 emoji32_config = DMD2Config(
-    levels=(80.,), ttur=5, batch=256, lr_g=5e-5, lr_fake=1e-4, lr_head=2e-4, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-    gan_g=6e-3, gan_d=3e-2, gan_start=500, warmup_fake=500, ema_halflife=200., seed=0)
+    levels=(2.5,), ttur=2, batch=128, lr_g=3e-4, lr_fake=6e-4, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
+    gan_g=0.03, gan_d=0.1, gan_start=150, warmup_fake=150, ema_halflife=100., seed=0)
 
 # %% ../nbs/14b_recipes.ipynb #63adb88c
 FOUR_STEPS = (80., 5., 1.2, 0.35) # Levels of `dmd2_distill --steps 4`
@@ -95,10 +95,10 @@ RECIPES = {r.data: r for r in (
            teacher=dict(steps=12_000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
            every=dict(log=10, show=160, save=160, eval=160), teacher_every=dict(log=50, show=2000, save=500, eval=0)),
-    Recipe(data='emoji32', config=emoji32_config, iters=25_000, holdout=0.1,
+    Recipe(data='emoji32', config=emoji32_config, iters=4_000, holdout=0.1,
            net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
                                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
-           teacher=dict(steps=40_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
+           teacher=dict(steps=75_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
            sampler=dict(steps=18), features='lite0', n_eval=10_000, n_watch=2000,
            every=dict(log=50, show=1000, save=2500, eval=2500), teacher_every=dict(log=100, show=5000, save=5000, eval=2500)),
 )}
@@ -119,7 +119,7 @@ def recipe(
 
 # %% ../nbs/14b_recipes.ipynb #f119b573
 def with_reference(
-    r:Recipe,
+    r:Recipe,  # What is known of the data set
     path=None, # Statistics of real images; the recipe itself when absent
 )->Recipe:
     "The recipe with statistics to compare with"

@@ -25,17 +25,16 @@ class TeacherPairs:
         conds=None,      # Conditions of the pairs, a tree with n rows
         seed:int=0,      # Pair `i` depends on seed and batch only
         batch:int=1024,  # Noises sent through the teacher at once
-        device='cpu',
+        device='cpu',    # Where it works
         distance=None,   # What the loss compares with, as for `regression_loss`
     ):
-        self.distance = distance
         if n<1: raise ValueError(f'n must be at least 1, got {n}')
         if cond_len(conds) not in (0, n): raise ValueError(f'{n} pairs need {n} conditions, got {cond_len(conds)}')
         zs,xs = [],[]
         for i in range(0, n, batch):
             z = torch.randn(min(batch, n-i), *shape, generator=rng(seed, 101, i, device=device), device=device)
             xs.append(heun_sample(teacher, z, sigmas, cond_index(conds, slice(i, i+batch)))); zs.append(z)
-        self.z,self.x,self.conds = torch.cat(zs),torch.cat(xs),conds
+        self.z,self.x,self.conds,self.distance = torch.cat(zs),torch.cat(xs),conds,distance
 
     def __len__(self): return len(self.z)
 
@@ -44,10 +43,10 @@ class TeacherPairs:
         generator=None, # `torch.Generator` to draw with
     ): # `(z, x, cond)`
         "Pairs drawn at random"
-        return self.at(torch.randint(len(self), (n,), generator=generator, device=self.z.device))
+        i = torch.randint(len(self), (n,), generator=generator, device=self.z.device)
+        return self.z[i], self.x[i], cond_index(self.conds, i)
 
-    def at(self, i): return self.z[i], self.x[i], cond_index(self.conds, i) # Pairs number `i`
-
+# %% ../nbs/13b_regression.ipynb #87e12b69
 def regression_loss(
     G,            # Generator
     z:Tensor,     # Unit noise of the pairs, (b, *dims)

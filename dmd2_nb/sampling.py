@@ -22,10 +22,10 @@ def heun_states(
     sigmas:Tensor,    # Falling levels, (n,); a last step to 0 is added
     cond=None,        # Passed to `D`
     S_churn:float=0., # The rest as for `heun_sample`
-    S_min:float=0.,
-    S_max:float=inf,
-    S_noise:float=1.,
-    generator=None,
+    S_min:float=0.,   # Lowest level at which noise is added
+    S_max:float=inf,  # Highest level at which noise is added
+    S_noise:float=1., # Size of the fresh noise
+    generator=None,   # `torch.Generator` of the fresh noise
 ): # Yields `(x, sigma)` from pure noise to `sigma` 0, n+1 pairs
     "The path of `heun_sample`, state by state"
     sigmas = check_sigmas(sigmas).double()
@@ -53,7 +53,7 @@ def heun_sample(
     cond=None,        # Passed to `D`
     S_churn:float=0., # Fresh noise over the whole path; 0 is the deterministic ODE
     S_min:float=0.,   # Levels between which noise is added
-    S_max:float=inf,
+    S_max:float=inf,  # Highest of these levels
     S_noise:float=1., # Size of the fresh noise
     generator=None,   # `torch.Generator` of the fresh noise
 )->Tensor: # Samples, like `z`

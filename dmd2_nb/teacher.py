@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import load_folder, load_into, load_optim, optim_tensors, read_tensors, save_folder
+from .checkpoint import check_fit, load_folder, load_into, load_optim, optim_tensors, read_tensors, save_folder
 from .core import EMA, compute_dtype, cond_map, cond_to, rng
 from .denoiser import EDMPrecond, dsm_loss
 from .gan import GanHead
@@ -21,7 +21,7 @@ from .graphs import CudaGraph
 from .nets import one_hot
 from .noise import lognormal_sigmas
 from .safe_pickle import Thing, module_state, read_pickle
-from .weights import build_denoiser, load_denoiser, save_denoiser
+from .weights import build_denoiser, load_denoiser, modest, save_denoiser
 
 # %% ../nbs/22_teacher.ipynb #70d353cc
 def drop_labels(
@@ -110,12 +110,13 @@ def save_teacher_run(
     folder, # Where to; replaced if it exists
     D,      # Network in training
     log,    # What `train_teacher` yielded last
+    **extra,# JSON-able things of the caller's, kept in `state.json`
 )->Path: # The folder
     "All that training needs to go on, in one move"
     opt,ema = log['opt'],log['ema']
     tensors,groups = optim_tensors(opt)
     return save_folder(folder, dict(net=D.state_dict(), ema=ema.net.state_dict(), opt=tensors),
-                       dict(step=log['step']+1, halflife=ema.halflife, groups=groups))
+                       dict(step=log['step']+1, halflife=ema.halflife, groups=groups, extra=extra))
 
 # %% ../nbs/22_teacher.ipynb #eaa2f8e0
 def load_teacher_run(
@@ -194,8 +195,10 @@ def _fill(state, config, kwargs, source):
     if config is None: config = dict(net='ADMUNet' if 'model.out_norm.weight' in state else 'SongUNet', args=kwargs or edm_imagenet64_kwargs())
     elif kwargs: config = config | dict(args=config['args'] | kwargs)
     try:
+        modest(config, len(state))
         with torch.device('meta'): D = build_denoiser(config)  # no memory, no random numbers
     except Exception as e: raise ValueError(f'{source}: {e}') from None
+    check_fit(D.state_dict(), state, source)
     load_into(D.to_empty(device='cpu'), {k: v.float() if v.is_floating_point() else v for k,v in state.items()}, source)
     taps = torch.tensor(D.model.config.get('resample_filter', (1,1)), dtype=torch.float32)
     wrong = [k for k,v in D.state_dict().items() if k.endswith('resample_filter') and not torch.allclose(v[0,0], taps.outer(taps)/taps.sum()**2)]
@@ -218,7 +221,7 @@ def _part(state, part, source):
 def load_edm(
     path,         # safetensors, state dict (.pt, .bin), EDM pickle (.pkl), or a folder of DMD2
     part=None,    # Of a folder: 'generator' (default), 'teacher' or 'fake_score'; of a guidance file one of the last two
-    device='cpu',
+    device='cpu', # Where it works
     **kwargs,     # Constructor arguments of the network, when the file has none; ImageNet-64 when absent
 )->EDMPrecond: # float32, in eval mode
     "Open a teacher; nothing in the file is executed"

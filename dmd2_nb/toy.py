@@ -136,7 +136,7 @@ def _stroke(points, thick, weights=None, labels=None):
 
 def ring(
     n:int=8,         # Modes
-    radius:float=2.,
+    radius:float=2., # Of the circle
     std:float=0.15,  # Width of each mode
     weights=None,    # Shares, (n,)
 ): # `Mixture` whose component `i` is also class `i`
@@ -166,7 +166,7 @@ def two_moons(
 
 def spiral(
     k:int=40,        # Components
-    turns:float=2.,
+    turns:float=2.,  # Of the arm
     std:float=0.07,  # Thickness
 ):
     "One arm winding outwards"

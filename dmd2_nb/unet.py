@@ -70,11 +70,11 @@ class ADMUNet(EDMUNet):
         label_dim:int=0,                # Classes, 0 for none
         augment_dim:int=0,              # Augmentation labels, 0 for none
         model_channels:int=192,         # Width, times `channel_mult` at each resolution
-        channel_mult=(1,2,3,4),
+        channel_mult=(1,2,3,4),         # Channels at each resolution, in units of `model_channels`
         channel_mult_emb:int=4,         # Size of the embedding, times the width
         num_blocks:int=3,               # Blocks at each resolution
         attn_resolutions=(32,16,8),     # Resolutions with self-attention
-        dropout:float=0.10,
+        dropout:float=0.10,             # Share of features dropped in training
         label_dropout:float=0.,         # Chance of leaving the label out in training
     ):
         kw = dict(locals())
@@ -137,11 +137,11 @@ class SongUNet(EDMUNet):
         label_dim:int=0,                # Classes, 0 for none
         augment_dim:int=0,              # Augmentation labels, 0 for none
         model_channels:int=128,         # Width, times `channel_mult` at each resolution
-        channel_mult=(1,2,2,2),
+        channel_mult=(1,2,2,2),         # Channels at each resolution, in units of `model_channels`
         channel_mult_emb:int=4,         # Size of the embedding, times the width
         num_blocks:int=4,               # Blocks at each resolution
         attn_resolutions=(16,),         # Resolutions with self-attention
-        dropout:float=0.10,
+        dropout:float=0.10,             # Share of features dropped in training
         label_dropout:float=0.,         # Chance of leaving the label out in training
         embedding_type:str='positional',# 'positional' (DDPM++) or 'fourier' (NCSN++)
         channel_mult_noise:int=1,       # Size of the noise embedding, times the width: 1 or 2 (NCSN++)

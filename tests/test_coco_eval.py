@@ -96,11 +96,19 @@ def test_one_pass(tmp_path):
     rows = C.evaluate_prompts(dict(same=draw, dark=dark), prompts, tmp_path/'out', real, lpips=rmse, diverse=prompts[:3], timed=1)
     assert rows['dark']['kid'] > 10*abs(rows['same']['kid']) and rows['same']['n'] == 24 and rows['same']['seconds'] > 0
     assert all(f'{k}_se' in rows['same'] for k in ('kid', 'frechet', 'patch_frechet', 'precision', 'recall', 'lpips'))
-    assert (rows['same']['seed'], rows['same']['n_real']) == (0, 48) and 'fid' not in rows['same']
+    assert {k: rows['same'][k] for k in ('seed', 'n', 'n_real', 'lpips_n', 'seconds_se')} == dict(seed=0, n=24, n_real=48, lpips_n=3, seconds_se=0.) and 'fid' not in rows['same']
     assert json.loads((tmp_path/'out'/'table.json').read_text()) == rows
     assert {p.name for p in (tmp_path/'out').iterdir()} == {'same', 'dark', 'table.json', 'table.txt', 'comparison.html', 'comparison.png'}
     assert ' ± ' in (tmp_path/'out'/'table.txt').read_text()
     assert 'dark' in (tmp_path/'out'/'table.txt').read_text() and 'data:image/png' in (tmp_path/'out'/'comparison.html').read_text()
+
+
+def test_latency(monkeypatch):
+    "Warm-up left out, the median of the rest, one picture at a time"
+    clock, calls = iter([0, 9, 9, 18, 20, 21, 30, 32, 40, 49]), []
+    monkeypatch.setattr(C.time, 'perf_counter', lambda: next(clock))
+    seconds, error = C.latency(lambda p, s: calls.append((p, s)), ['a', 'b'], n=3, warmup=2)
+    assert seconds == 2 and abs(error-1.25*19**.5/3**.5) < 1e-9 and calls == [([p], [i]) for i, p in enumerate('ababa')]
 
 
 def test_photographs_of_the_chosen_captions(tmp_path):

@@ -56,13 +56,14 @@ def test_readme_keeps_step_with_index():
     assert not set(snippet.splitlines()) - set(code), 'the last Python example of the README is one that index runs'
 
 
-def test_readme_shows_the_picture_of_index():
-    "As index drew it; `.ci/execute.py nbs/index.ipynb` writes both"
-    cells = json.loads((root/'nbs'/'index.ipynb').read_text(encoding='utf-8'))['cells']
-    *_, png = [o['data']['image/png'] for c in cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
-    stored = root/'nbs'/'images'/'index.png'
+@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'draw_turn(g,', 'turns.png', 'nbs/index.ipynb')])
+def test_kept_pictures(notebook, words, name, shown):
+    "As their notebook drew them; `.ci/execute.py` writes both"
+    cells = json.loads((root/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
+    png, = [o['data']['image/png'] for c in cells if c['cell_type'] == 'code' and words in ''.join(c['source']) for o in c['outputs'] if 'image/png' in o.get('data', {})]
+    stored = root/'nbs'/'images'/name
     assert stored.read_bytes() == base64.b64decode(''.join(png)) and stored.stat().st_size < 100_000
-    assert '](nbs/images/index.png)' in (root/'README.md').read_text(encoding='utf-8')
+    assert f'images/{name})' in (root/shown).read_text(encoding='utf-8')
 
 
 def test_map_names_every_notebook():

@@ -32,7 +32,7 @@ def double():
 
 
 @pytest.fixture(scope='module')
-def two(folder): return launch(work.two_ranks, 2, str(folder), timeout=200)
+def two(folder): return launch(work.two_ranks, 2, str(folder), timeout=400)
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,7 @@ def four(folder, two, double):
     dmd = work.make(DMD2)
     work.run(dmd, 3)
     save_state(dmd, folder/'one', position=3)
-    return launch(work.four_ranks, 4, str(folder), timeout=200)
+    return launch(work.four_ranks, 4, str(folder), timeout=400)
 
 
 def test_two_ranks_equal_one(two):
@@ -49,7 +49,7 @@ def test_two_ranks_equal_one(two):
 
 def test_sdxl_two_ranks_equal_one(tmp_path):
     pytest.importorskip('diffusers')
-    for name, (logs, weights) in launch(work.sdxl, 2, str(tmp_path), [['full', 'fsdp'], ['lora', 'ddp']], timeout=200)[0].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in launch(work.sdxl, 2, str(tmp_path), [['full', 'fsdp'], ['lora', 'ddp']], timeout=400)[0].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_accumulation_equals_the_big_batch(two):
@@ -101,7 +101,7 @@ def test_four_resume_at_two_and_no_pickle_is_run(four, folder, tmp_path):
     bomb = pickle.dumps(work.Bomb(str(tmp_path/'went off')))
     for part in [tmp_path/'four', *(p for p in (tmp_path/'four').iterdir() if p.is_dir())]:
         for name in ('.metadata', '__0_0.distcp', 'state.pt'): (part/name).write_bytes(bomb)
-    for mode, gaps in launch(work.back_at_two, 2, str(tmp_path), timeout=200)[0].items(): assert max(gaps) < tol, f'{mode}: {gaps}'
+    for mode, gaps in launch(work.back_at_two, 2, str(tmp_path), timeout=400)[0].items(): assert max(gaps) < tol, f'{mode}: {gaps}'
     assert not (tmp_path/'went off').exists()
     pickle.loads(bomb).close()  # the bomb is one
     assert (tmp_path/'went off').exists()
@@ -143,8 +143,8 @@ def test_command_line(tmp_path, double):
     for p in D.parameters(): p.data += 0.02*torch.randn_like(p)
     save_denoiser(D, tmp_path/'teacher.safetensors')
     args = f'--teacher {tmp_path}/teacher.safetensors --out {tmp_path} --features pixels --batch 8 --iters 4 --eval-n 8 --save-every 2 --eval-every 0 --device cpu --set warmup_fake=1 --ttur 2'
-    assert launch(work.command, 1, f'fashion16 --name one {args}', timeout=200) == [0]
-    assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=200) == [0, 0]
+    assert launch(work.command, 1, f'fashion16 --name one {args}', timeout=400) == [0]
+    assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=400) == [0, 0]
     one, two = (read_log(tmp_path/n/'log.csv') for n in ('one', 'two'))
     assert len(one) == len(two) > 0 and {p.name for p in tmp_path.iterdir()} == {'one', 'two', 'teacher.safetensors'}
     whole = {'critic_lag', 'ema_dist'}  # looked at only where one process has the whole run

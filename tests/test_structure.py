@@ -17,10 +17,10 @@ floors = {
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
-    3: 'fake_score backsim regression fid presets weights sdxl.adapter sdxl.conditioning sdxl.memory',
+    3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'panels preference denoiser sampling dmd gan unet features safe_pickle',
-    1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets',
-    0: 'core assets checkpoint image_files fused launch',
+    1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs',
+    0: 'core assets checkpoint image_files fused launch signals',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 only_shown = {'plot', 'panels', 'dashboard'}  # for notebooks, cli and one another

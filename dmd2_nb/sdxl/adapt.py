@@ -105,7 +105,7 @@ def fill_from_unet(
 adapt_config = replace(sdxl_lora_config, batch=1, lr_g=1e-5, lr_fake=1e-4, lr_head=1e-4, warmup_fake=200, ema_halflife=50.)
 
 def plan_of(
-    D:SigmaDenoiser, rank:int, cfg:DMD2Config, recorded=True, **changes,
+    D:SigmaDenoiser, rank:int, cfg:DMD2Config, recorded=True, **changes, # The model; rank of the adapters; the run's numbers; whether passes are recorded as graphs; fields of `Setup` to replace
 ): # `Plan`
     "What `adapt` will need"
     u = D.net.unet
@@ -121,12 +121,12 @@ def adapt(
     folder,                # Gets state, sheets and the LoRA; a run found there goes on
     images=None,           # `LatentShards` with latents, for the GAN
     steps:int=10_000,      # Iterations; stop earlier by leaving the loop
-    cfg:DMD2Config=adapt_config,
+    cfg:DMD2Config=adapt_config, # The run's numbers
     rank:int=64,           # Of the adapters; that of a LoRA given as `init` counts
     sheet=None,            # `sheet(G) -> PIL image`, drawn before, every `minutes`, and after
-    minutes:float=10.,
+    minutes:float=10.,              # Between two sheets
     timesteps=(999, 749, 499, 249), # Of the generator, for the exported file's page
-    uncond=zero_uncond, checkpointing=True, ema_device='cpu', save_every:int=200,
+    uncond=zero_uncond, checkpointing=True, ema_device='cpu', save_every:int=200, # Empty condition; whether activations are computed again; where the average lives; iterations between checkpoints
 ): # Yields the log of each iteration
     "Turn your model into a few-step one, from a few-step start; resumable, and stopped when you like"
     if init is not None:
@@ -172,7 +172,7 @@ def _fill(net, init):
 def denoise_only(
     net:SigmaDenoiser, # A few-step generator
     pictures,          # `LatentShards` with latents
-    steps:int, batch:int=8, lr:float=1e-4, seed:int=0,
+    steps:int, batch:int=8, lr:float=1e-4, seed:int=0, # Updates; pictures an update; learning rate; names the random draws
 ): # Yields losses
     "Ordinary denoising on real images, for comparison"
     p = trainable(net)

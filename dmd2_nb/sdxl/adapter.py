@@ -20,7 +20,7 @@ from ..core import append_dims, at_least_float32, cond_map
 def alphas_cumprod(
     T:int=1000,              # Timesteps
     beta_start:float=0.00085,# As in Stable Diffusion 1.5 and XL
-    beta_end:float=0.012,
+    beta_end:float=0.012,    # Last noise rate
 )->Tensor: # Rest of the signal after each timestep, (T,), in the float32 arithmetic the networks were trained with
     "The scaled-linear schedule of Stable Diffusion"
     return (1-torch.linspace(beta_start**0.5, beta_end**0.5, T)**2).cumprod(0)
@@ -162,7 +162,7 @@ class FlowDenoiser(SigmaDenoiser):
 class CondUNet(nn.Module):
     "A diffusers `UNet2DConditionModel` as `net(x, t, cond)`"
     own_precision = False  # True: computes in the precision of its weights whatever autocast says
-    def __init__(self, unet):
+    def __init__(self, unet): # UNet of diffusers
         super().__init__()
         self.unet = unet
 
@@ -194,7 +194,7 @@ def unet_encode(
     unet,      # diffusers `UNet2DConditionModel`
     x:Tensor,  # Scaled samples, (b, c, h, w)
     t:Tensor,  # Timesteps, (b,)
-    encoder_hidden_states:Tensor=None, added_cond_kwargs:dict=None,
+    encoder_hidden_states:Tensor=None, added_cond_kwargs:dict=None, # Text states; pooled text and time ids, as diffusers passes them
 )->Tensor: # Output of the mid-block, (b, c', h', w')
     "The first half of the U-Net's forward"
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
@@ -233,7 +233,7 @@ def make_unet(
     from diffusers import UNet2DConditionModel
     return _make(UNet2DConditionModel, config | changes, seed, device, dtype)
 
-def make_vae(config=TINY_VAE, seed=0, device='cpu', dtype=None, **changes):
+def make_vae(config=TINY_VAE, seed=0, device='cpu', dtype=None, **changes): # Settings of the network; seed of its random weights; where and in which precision; settings to replace
     "An image autoencoder from its config with random weights"
     from diffusers import AutoencoderKL
     return _make(AutoencoderKL, config | changes, seed, device, dtype)

@@ -46,7 +46,7 @@ def load_dmd2_unet(
     net.load_state_dict(sd, assign=True)
     return net.requires_grad_(False).eval()
 
-def check_fit(net, tensors, source):
+def check_fit(net, tensors, source): # Network; tensors for it by name; file to name in the message
     "Names and shapes must agree, or one clear error"
     mine = net.state_dict()
     few = lambda ks: ', '.join(ks[:3]) + (f' and {len(ks)-3} more' if len(ks)>3 else '')
@@ -82,7 +82,7 @@ def read_lora(
     rank, = ranks
     return tensors, rank, (alphas.pop() if alphas else read_alpha(path, rank))
 
-def read_alpha(path, rank):
+def read_alpha(path, rank): # Adapter file; its rank, which is the answer where the file says nothing
     "Alpha from a file's metadata; the rank when it has none, as diffusers reads it"
     meta = read_tensors(path)[1] if Path(path).suffix=='.safetensors' else {}
     try: return float(json.loads(meta.get('lora_adapter_metadata', '{}')).get('unet.lora_alpha', rank))
@@ -90,7 +90,7 @@ def read_alpha(path, rank):
 
 # %% ../../nbs/35_sdxl.checkpoints.ipynb #b6bc9d84
 def load_dmd2_lora(
-    path,
+    path,           # The released adapter file
     net:AdapterNet, # The role to fill; its rank has to be the file's
 )->AdapterNet:
     "Continue from a LoRA: fill a role's adapter"
@@ -171,7 +171,7 @@ def export_lora(
     folder,              # Gets pytorch_lora_weights.safetensors and README.md
     timesteps,           # The generator's
     layout='diffusers',  # 'diffusers' or 'kohya', as DMD2's own file
-    dtype=torch.float16,
+    dtype=torch.float16, # Of the weights
     **card,              # For `model_card`
 )->Path: # The weights file
     "Write an adapter for `load_lora_weights`"
@@ -196,7 +196,7 @@ def export_unet(
     net,                 # A role with adapter (it is merged), a `CondUNet`, or a diffusers U-Net
     folder,              # Gets config.json, diffusion_pytorch_model.safetensors and README.md
     timesteps,           # The generator's
-    dtype=torch.float16,
+    dtype=torch.float16, # Of the weights
     **card,              # For `model_card`
 )->Path:
     "Write a whole U-Net for `UNet2DConditionModel.from_pretrained`"
@@ -237,7 +237,7 @@ def split_guidance(
 
 def load_head(
     tensors:dict, # As from `split_guidance`
-    source='head',
+    source='head', # What to call it in a message
 )->GanHead:
     "The GAN head with released weights"
     convs = [v for v in tensors.values() if v.ndim==4]

@@ -34,7 +34,7 @@ def micro_ids(
     size=1024,          # Height and width of the image before it was made ready, or one number
     crop=(0, 0),        # Top left corner that was kept
     target=None,        # Height and width of the image; `size` when absent
-    device=None,
+    device=None,        # Where it comes to lie
 )->Tensor: # (n, 6)
     "SDXL's six numbers: original size, crop corner, target size"
     two = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
@@ -110,7 +110,7 @@ def encode_prompts(
     enc:TextEncoders, # Where they are is where encoding happens
     prompts,          # List of texts, or one
     size=1024,        # For the time ids: see `micro_ids`
-    crop=(0, 0), target=None,
+    crop=(0, 0), target=None, # Corner of the crop and wanted size that the network is told; no crop, and the size, when absent
 ): # `SDXLCond`, or text vectors (b, 77, d) from a single encoder
     "Prompts as the network's condition"
     ids,_ = enc.tokens(prompts)

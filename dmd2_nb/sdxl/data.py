@@ -138,7 +138,7 @@ def read_shard(path, size=None): # `(tensors, prompts)`
 
 # %% ../../nbs/33_sdxl.data.ipynb #d01347e4
 def write_shards(
-    folder,
+    folder,        # Where the shards come to lie
     n:int,         # Items in all
     make,          # `make(range) -> (tensors, prompts)` for a range of item numbers
     shard:int=256, # Items a file
@@ -171,11 +171,11 @@ def _cond_tensors(c, dtype): return {n: t.to(dtype if n!='time_ids' else torch.f
 
 # %% ../../nbs/33_sdxl.data.ipynb #1cdd0a08
 def encode_conditions(
-    folder,
+    folder,               # Where the shards come to lie
     prompts,              # `PromptFile` or list
-    enc:TextEncoders,
+    enc:TextEncoders,     # Tokenizers and encoders of the texts
     batch:int=16,         # Prompts at once
-    shard:int=256, size=1024, dtype=torch.float16, progress=None,
+    shard:int=256, size=1024, dtype=torch.float16, progress=None, # Rows of a file; side of the picture that the network is told; precision kept; wraps the iteration
 )->LatentShards: # Without latents: for the generator's stream
     "Prompt embeddings, once"
     def make(r):
@@ -201,11 +201,11 @@ def vae_decode(vae, latents:Tensor)->Tensor: # Images in [-1, 1], (b, 3, h, w)
 
 # %% ../../nbs/33_sdxl.data.ipynb #7223a89a
 def encode_latents(
-    folder,
+    folder,               # Where the shards come to lie
     images,               # Sequence of `(image in [-1, 1] (3, h, w), prompt)`
     vae,                  # diffusers `AutoencoderKL`
-    enc:TextEncoders,
-    shard:int=256, seed:int=0, size=1024, dtype=torch.float16, progress=None,
+    enc:TextEncoders,     # Tokenizers and encoders of the texts
+    shard:int=256, seed:int=0, size=1024, dtype=torch.float16, progress=None, # Rows of a file; names the draws of the VAE; side of the pictures; precision kept; wraps the iteration
 )->LatentShards: # For the GAN's stream
     "Images and their prompts, once; each image's latent is sampled once, as in DMD2's data"
     def make(r):

@@ -44,7 +44,7 @@ class EchoRecorder:
 # %% ../../nbs/32c_sdxl.graphs.ipynb #ef36ac59
 class Pass:
     "One role's forward or encode for one shape of inputs, and its backward passes"
-    def __init__(self, net, kind, x, t, cond, recorder):
+    def __init__(self, net, kind, x, t, cond, recorder): # Network and which of its passes; example inputs; what records it
         self.net,self.kind,self.recorder = net,kind,recorder
         self.x,self.t,self.cond,self.g = x.detach().clone(),t.clone(),cond_map(torch.clone, cond),None
         self.home,self.replays,self.asked = [p.data_ptr() for p in net.flats],{},set()

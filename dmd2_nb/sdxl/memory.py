@@ -118,7 +118,7 @@ def fused_attention():
 class AutocastFootprint(TorchFunctionMode):
     "Casts what autocast casts on a GPU, on any device; for counting only"
     low,wide = {F.linear, F.conv2d, torch.matmul, torch.bmm}, {F.layer_norm, F.group_norm}
-    def __init__(self, dtype=torch.bfloat16):
+    def __init__(self, dtype=torch.bfloat16): # What autocast would compute in
         super().__init__()
         self.dtype,self.kept = dtype,None
 

@@ -77,7 +77,7 @@ class PatchCodec(nn.Module):
 STYLES = {'fluent3d': 'fluent 3d', 'fluent-emoji': 'fluent emoji', 'fluent-emoji-flat': 'fluent flat', 'noto': 'noto', 'noto-v1': 'noto first', 'fxemoji': 'firefox'}
 
 def split_words(
-    prompt:str,
+    prompt:str, # Text
 )->list: # Lower-case words and numbers
     "The words of a prompt"
     return re.findall(r'[a-z0-9]+', prompt.lower())
@@ -98,7 +98,7 @@ class WordEncoder(nn.Module):
         width:int=128,   # Of a token's vector
         pooled:int=64,   # Of the prompt's
         length:int=12,   # Tokens of a prompt; longer ones are cut
-        layers:int=2,
+        layers:int=2,    # Of the transformer
     ):
         super().__init__()
         self.words,self.length = tuple(words),length
@@ -126,7 +126,7 @@ NANO_UNET = MINI_UNET | dict(sample_size=16, norm_num_groups=8, block_out_channe
 
 class MiniSDXL(nn.Module):
     "U-Net, word encoder and patch code: a text-to-image model"
-    def __init__(self, unet, text:WordEncoder, codec:PatchCodec, px:int):
+    def __init__(self, unet, text:WordEncoder, codec:PatchCodec, px:int): # U-Net; words to vectors; pictures to latents and back; side of a picture
         super().__init__()
         self.unet,self.text,self.codec,self.px = unet,text,codec,px
         self.register_buffer('sizes', micro_ids(1, px), persistent=False)
@@ -159,7 +159,7 @@ class MiniSDXL(nn.Module):
 def mini_sdxl(
     data:ImageData,      # Emoji to fit patch code and vocabulary to
     config=MINI_UNET,    # Of the U-Net
-    patch:int=2, seed:int=0,
+    patch:int=2, seed:int=0, # Side of a patch; names the first weights
 )->MiniSDXL: # Not trained yet
     "A small SDXL for a set of emoji"
     px = data.shape[-1]
@@ -175,10 +175,10 @@ def train_mini(
     m:MiniSDXL,        # Trained in place
     x:Tensor,          # Latents, (n, c, h, w), or (2, n, c, h, w) with the mirrored ones
     ids:Tensor,        # Word numbers, (n, length)
-    steps:int,
+    steps:int,              # Updates
     batch:int=256, lr=1e-3, # A number, or a function of the step
     drop:float=0.1,    # Share of rows without text
-    halflife:float=500., warmup:int=200, seed:int=0, dtype='float32',
+    halflife:float=500., warmup:int=200, seed:int=0, dtype='float32', # Of the averaged weights, in updates; updates over which the rate rises; names the random draws; precision inside networks
     graph=False,       # Replay each update as a CUDA graph
 ): # Yields dict(step, loss, lr, ema)
     "Train U-Net and words to predict noise"
@@ -206,7 +206,7 @@ def train_mini(
 
 # %% ../../nbs/39_mini_sdxl.ipynb #24e056e2
 def take_average(
-    m:MiniSDXL,
+    m:MiniSDXL, # The model
     ema:EMA, # As `train_mini` yields it
 )->MiniSDXL:
     "The averaged weights, frozen, in the place of the last ones"
@@ -215,11 +215,11 @@ def take_average(
 
 # %% ../../nbs/39_mini_sdxl.ipynb #a875e1ff
 def draw_mini(
-    m:MiniSDXL,
+    m:MiniSDXL,        # The model
     prompts,           # Texts
     steps:int=30,      # Evaluations of the guided network
     guidance:float=3., # Classifier-free guidance
-    seed:int=0, batch:int=256,
+    seed:int=0, batch:int=256, # Names the noise; pictures at a time
     D=None,            # Another denoiser on the same latents; the model's own when absent
 )->Tensor: # Bytes, (n, 3, px, px)
     "Pictures by many steps"
@@ -233,7 +233,7 @@ def draw_mini(
 
 # %% ../../nbs/39_mini_sdxl.ipynb #c95b1737
 def save_mini(
-    m:MiniSDXL,
+    m:MiniSDXL, # The model
     folder,  # Gets config.json-like state and three safetensors files, in one move
     dtype=torch.float16, # Of U-Net and words
     **facts, # JSON-able, kept beside
@@ -246,7 +246,7 @@ def save_mini(
 
 def load_mini(
     folder, # Of `save_mini`
-    device='cpu',
+    device='cpu', # Where it works
 )->MiniSDXL: # In float32, frozen
     "Open it again"
     folder = Path(folder)

@@ -6,13 +6,11 @@
 __all__ = ['trailing_timesteps', 'euler_sample', 'pair_noise', 'teacher_pairs', 'decoder', 'regression_pretrain']
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #eab47c26
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import load_folder, load_into, load_optim, optim_tensors, save_folder
+from ..checkpoint import load_folder, load_into, load_optim, newest, optim_tensors, save_folder
 from ..core import cond_cat, cond_to, compute_dtype, rng
 from ..distill import trainable
 from ..noise import check_sigmas, prior
@@ -49,12 +47,12 @@ def pair_noise(shape, i:int, seed:int=0): # (1, *shape)
     return torch.randn(1, *shape, generator=rng(seed, 79, i))
 
 def teacher_pairs(
-    folder,
+    folder,                 # Where the pairs come to lie
     teacher,                # Guided denoiser with `shape`
     conds:LatentShards,     # Conditions, for example from `encode_conditions`; used in order, again from the start if there are fewer
     n:int=10_000,           # Pairs
     steps:int=50,           # Of the teacher's sampler
-    seed:int=0, batch:int=4, shard:int=64, shape=None, device=None, progress=None,
+    seed:int=0, batch:int=4, shard:int=64, shape=None, device=None, progress=None, # Names the noises; noises at once; pairs of a file; latent's shape; where to work; wraps the iteration
 )->LatentShards: # Latents are the teacher's samples
     "The teacher's sample for each of n noises; stops and goes on"
     sigmas,shape = sdxl_sigmas(trailing_timesteps(steps)),tuple(shape or teacher.shape)
@@ -86,9 +84,9 @@ def regression_pretrain(
     distance=None,        # `distance(a, b)` of decoded images, such as `fid.lpips()`; mean squared error when absent
     decode=None,          # From `decoder`; latents themselves are compared when absent
     timestep:int=399,     # What the generator is told
-    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0,
+    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0, # Learning rate; pairs an update; gradient norm limit; which order
     folder=None,          # Where the state is kept; a run found there goes on
-    save_every:int=200,
+    save_every:int=200,   # Updates between two checkpoints
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
 ): # Yields the loss of each update
     "Teach a generator its teacher's pairs in one step"
@@ -97,7 +95,7 @@ def regression_pretrain(
     if dtype==torch.float16: raise ValueError('regression_pretrain has no loss scaling: dtype must be bfloat16 or float32')
     if len(pairs)<batch: raise ValueError(f'{len(pairs)} pairs are fewer than a batch of {batch}')
     run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed']),0
-    if folder and (Path(folder)/'state.json').is_file(): at = _resume(G, opt, folder, run)
+    if folder and newest(folder): at = _resume(G, opt, folder, run)
     for step,idx in zip(range(at, steps), shuffled(len(pairs), batch, seed, at)):
         x,c,_ = pairs.items(idx)
         z,c = torch.cat([pair_noise(x.shape[1:], i, run['pair_seed']) for i in idx]).to(device),cond_to(c, device, torch.float32)

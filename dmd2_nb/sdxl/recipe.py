@@ -8,12 +8,12 @@ __all__ = ['sdxl_config', 'sdxl_lora_config', 'sdxl_1step_config', 'sd15_config'
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #7826d206
 from dataclasses import replace
-from pathlib import Path
 import warnings
 
 import torch
 from torch import nn, Tensor
 
+from ..checkpoint import newest
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
 from ..sampling import few_step_states
@@ -34,7 +34,7 @@ sd15_gan_config = replace(sd15_config, lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7, ga
 # %% ../../nbs/34_sdxl.recipe.ipynb #27fcc7b2
 def sdxl_dmd2(
     roles:Roles,           # `SharedBase` or `FullCopies`
-    cfg:DMD2Config,
+    cfg:DMD2Config,        # The run's numbers
     probe,                 # Any condition; its first row sizes the head
     uncond=zero_uncond,    # Empty condition for guidance; for Stable Diffusion 1.5 the encoded empty prompt
     head:nn.Module=None,   # GAN head to start from
@@ -60,7 +60,7 @@ def sdxl_dmd2(
 
 class Itself(nn.Module):
     "No average: the generator as it is"
-    def __init__(self, net): super().__init__(); self.__dict__['net'] = net
+    def __init__(self, net): super().__init__(); self.__dict__['net'] = net # Generator, whose weights are not this module's
     def update(self, net): pass
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
 
@@ -91,7 +91,7 @@ def distill_sdxl(
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
     "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
-    if folder and (Path(folder)/'state.json').is_file(): load(dmd, folder)
+    if folder and newest(folder): load(dmd, folder)
     if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
     n,seed,at = dmd.cfg.batch,dmd.cfg.seed,dmd.step
     conds = prompts.batches(n, seed, at, dmd.device)

@@ -104,7 +104,7 @@ class Setup:
 
 # %% ../../nbs/32_sdxl.roles.ipynb #31137517
 def at_rest(
-    s:Setup,
+    s:Setup,   # The choices that memory depends on
     base=None, # `AdapterBase` on the meta device, when there is one
 )->dict: # Bytes by name
     "Bytes that stay for the whole run"
@@ -128,7 +128,7 @@ def _head_size(c, side):
 
 class AnySideHead(nn.Module):
     "The GAN head for features of any side: enlarged to the next side it knows"
-    def __init__(self, shape):
+    def __init__(self, shape): # Features without batch, (c, h, w)
         super().__init__()
         self.side = head_side(shape[-1])
         self.head = GanHead((shape[0], self.side, self.side))
@@ -141,7 +141,7 @@ WORKSPACE = 0.15*GiB  # allowance for work areas of cuBLAS and cuDNN, which no c
 @dataclass
 class Plan:
     "Predicted bytes of a setup"
-    setup:Setup
+    setup:Setup # What it was computed for
     rest:dict   # Bytes at rest, by name
     phases:dict # Peak bytes, by phase
     workspace:float=WORKSPACE # Of which an allowance for libraries
@@ -160,7 +160,7 @@ class Plan:
         raise ValueError(f'this run needs about {self.peak/GiB:.1f} GiB and the card has {budget/GiB:.1f} GiB. ' + advice(self, budget))
 
 def memory_plan(
-    s:Setup,
+    s:Setup,                   # The choices that memory depends on
     workspace:float=WORKSPACE, # Bytes for work areas of libraries
 )->Plan:
     "Peak memory of each phase of a run, from one cycle of `DMD2` on tensors without data; takes about a quarter of a minute for SDXL"
@@ -260,7 +260,7 @@ class _Rehearsal:
 
 # %% ../../nbs/32_sdxl.roles.ipynb #a6e4484b
 def advice(
-    plan:Plan,
+    plan:Plan,    # Which does not fit
     budget:float, # Bytes the card has for us
 )->str: # One sentence
     "What to change for a run to fit"
