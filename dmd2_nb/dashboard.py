@@ -48,7 +48,7 @@ def _write(path, text):
         tmp.write_text(text, encoding='utf-8'); tmp.replace(path)
 
 def clock(
-    seconds:float,
+    seconds:float, # Time left or gone
 )->str:
     "Seconds as h:mm:ss"
     s = int(seconds+0.5)
@@ -61,12 +61,12 @@ class Dashboard:
         samples=None,    # Function that draws samples: images (n, c, h, w) in [-1, 1], or points (n, 2)
         reference=None,  # Points (m, 2) to lay below
         file=None,       # HTML file to keep; while the run goes on it reloads itself
-        title='DMD2',
+        title='DMD2',    # Above the page
         loggers=(),      # Anything with `add(row)`: a `CsvLog`, `TensorBoardLog`, `WandbLog`
         every=0.5,       # Seconds between two drawings at least
         share=0.003,     # Of the time for drawing, and as much again for samples and for the file
         log_every=10,    # Iterations a row of `watch`
-        panels=PANELS,
+        panels=PANELS,   # What may be drawn, in order
         ncols=8,         # Images in a row
     ):
         self.samples,self.reference,self.file,self.title,self.loggers = samples,reference,file and Path(file),title,tuple(loggers)

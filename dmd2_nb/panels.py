@@ -70,7 +70,7 @@ def series(
 
 def present(
     rows:list,     # Dicts of a log
-    panels=PANELS,
+    panels=PANELS, # What may be drawn, in order
 )->list: # Pairs `(panel, {name: points})`
     "The panels that have something to show"
     shown = [(p, {k: s for k in p.names.split() if (s := series(rows, k))}) for p in panels]
@@ -80,7 +80,7 @@ def present(
 COLORS = '#1f6fb4 #d9660a #2a8f3c #b8272c'.split()
 
 def svg_plot(
-    panel:Panel,
+    panel:Panel,      # Title, scale and bands
     data:dict,        # name -> points, from `present`
     last:float=None,  # Right end of the x axis; the last step when absent
     w=260, h=130,     # Size in pixels
@@ -107,7 +107,7 @@ def svg_plot(
         out.append(f'<polyline points="{path}" fill="none" stroke="{c}" stroke-width="1.4"/>' if len(s)>1 else f'<circle cx="{x(s[0][0]):.1f}" cy="{y(s[0][1]):.1f}" r="2" fill="{c}"/>')
     return ''.join(out)+'</svg>'
 
-def legend(data:dict)->str:
+def legend(data:dict)->str: # Name -> points
     "Names in their colours, with their last values"
     return ' '.join(f'<span style="color:{c}">{html.escape(k)} {s[-1][1]:.3g}</span>' for (k,s),c in zip(data.items(), COLORS))
 
@@ -129,7 +129,7 @@ def svg_points(
 
 def img(
     x:Tensor,  # Images, as for `tile`
-    ncols=8,
+    ncols=8,   # Images in a row
 )->str:
     "Images as one picture in HTML"
     from PIL import Image
@@ -143,7 +143,7 @@ def figure(
     rows:list,       # Dicts of a log
     x=None,          # Samples: images, or points (n, 2)
     reference=None,  # Points to lay below
-    panels=PANELS,
+    panels=PANELS,   # What may be drawn, in order
     ncols=8,         # Images in a row
 ): # Figure of matplotlib
     "Panels and samples in one figure"

@@ -153,7 +153,7 @@ def show_rates(
     rates:list, # From `win_rates`
     ours:str,   # Whose wins they are
     note='',    # Below, such as where the votes come from
-    ax=None,
+    ax=None,    # Axes to draw on
 ): # Axes
     "Win rates as bars with their intervals, and the line of a tie"
     import matplotlib.pyplot as plt
@@ -167,7 +167,7 @@ def show_rates(
 
 # %% ../nbs/41_preference.ipynb #9ff63440
 def ballot(
-    study:PairVote,
+    study:PairVote, # Whose pairs are shown
     width:int=320, # Of a picture on the screen
 ): # Widget
     "The study as a widget"
