@@ -48,10 +48,11 @@ def marked(text, name, table):
 def gpu_rows():
     "What ran on a GPU, from the logs in data/runs"
     read = lambda n: json.loads((root/'data'/'runs'/f'{n}.json').read_text(encoding='utf-8'))
-    edm, sdxl, emoji = read('edm_h100')['runs'][-1]['rows'], read('sdxl_gpu')['rows'], read('emoji32_teacher')
+    edm, sdxl = read('edm_h100')['runs'][-1]['rows'], read('sdxl_gpu')['rows']
+    emoji = (root/'data'/'runs'/'emoji32_teacher.csv').read_text().split()[-1].split(',')
     card = next(o['name'] for o in edm if o['what'] == 'card')
     step = next(o for o in edm if o['what'] == 'train' and o['name'] == 'graphed')
-    yield f'| [22](nbs/22_teacher.ipynb), teacher of emoji32 | all of it | {emoji["seconds"]/60:.1f} min | NVIDIA H100 |'
+    yield f'| [26](nbs/26_emoji_dmd2.ipynb), teacher of emoji32 | all of it | {float(emoji[2])/60:.1f} min | H100, then H200 |'
     yield f'| [23](nbs/23_imagenet64.ipynb), ImageNet-64, batch {step["batch"]} | one iteration, mean over a cycle of five | {step["ms"]/1000:.2f} s | {card} |'
     for name, what in (('bf16', 'one iteration within 14 GiB'), ('speed', 'one iteration, memory as it likes')):
         o = next(o for o in sdxl if o['row'] == name)
