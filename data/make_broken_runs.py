@@ -2,8 +2,8 @@
 
     python data/make_broken_runs.py --out data/runs
 
-Five toy runs of some 5,000 iterations, a few minutes on one core; writes toy_broken.csv (one row for every 25th iteration)
-and toy_broken_clouds.csv (points of the raw generator at the end). Each broken run differs from the healthy one in one thing."""
+Five toy runs of some 5,000 iterations, a few minutes on one core; writes broken_toy.csv (one row for every 25th iteration)
+and broken_toy_clouds.csv (points of the raw generator at the end). Each broken run differs from the healthy one in one thing."""
 import argparse, csv, os, sys, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from dataclasses import replace
@@ -74,4 +74,4 @@ if __name__=='__main__':
     a = ap.parse_args()
     net = first_net(600)
     logs, ends = zip(*(run(n, net, a.updates) for n in sorted(broken, key=letters.get)))
-    write(Path(a.out)/'toy_broken.csv', sum(logs, [])); write(Path(a.out)/'toy_broken_clouds.csv', ends)
+    write(Path(a.out)/'broken_toy.csv', sum(logs, [])); write(Path(a.out)/'broken_toy_clouds.csv', ends)

@@ -15,14 +15,12 @@ from dmd2_nb import cli, jobs, recipes
 from dmd2_nb.checkpoint import load_folder, read_tensors, steps
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
-torch.set_num_threads(1)  # threads do not survive a fork
 net = dict(net='UNet', args=dict(img_resolution=8, in_channels=1, label_dim=10, channels=[4], emb=8), sigma_data=0.6)
 every = dict(log=4, show=0, save=5, eval=10)  # rows and checkpoints out of step
 iters = 22
 r = recipes.RECIPES['fashion16']
-recipes.RECIPES['fashion16'] = replace(r, net=net, config=replace(r.config, batch=8, warmup_fake=4, gan_start=3, levels=(10., 1.)), iters=iters, teacher=r.teacher | dict(steps=iters, batch=8),
-                                       sampler=dict(steps=2), features='pixels', n_eval=12, n_watch=12, every=every, teacher_every=every)
-cli.PICTURES = {}
+tiny = replace(r, net=net, config=replace(r.config, batch=8, warmup_fake=4, gan_start=3, levels=(10., 1.)), iters=iters, teacher=r.teacher | dict(steps=iters, batch=8),
+               sampler=dict(steps=2), features='pixels', n_eval=12, n_watch=12, every=every, teacher_every=every)
 commands = dict(distill='distill --teacher {0}/teacher.safetensors --data {0}/good.npz --device cpu --keep-state', train_teacher='train_teacher --data {0}/good.npz --device cpu')
 written = dict(distill='generator.safetensors', train_teacher='teacher.safetensors')
 
@@ -248,4 +246,7 @@ def main(folder, seed=0):
     return out
 
 
-if __name__ == '__main__': print(json.dumps(main(sys.argv[1])))
+if __name__ == '__main__':
+    torch.set_num_threads(1)  # threads do not survive a fork
+    recipes.RECIPES['fashion16'], cli.PICTURES = tiny, {}
+    print(json.dumps(main(sys.argv[1])))

@@ -179,7 +179,8 @@ def tiny(tmp_path, monkeypatch):
     import _survive_work as work
     from dmd2_nb import cli, jobs, recipes
     work.prepare(tmp_path)
-    r = recipes.RECIPES['fashion16']
+    r = work.tiny
+    monkeypatch.setattr(cli, 'PICTURES', {})
     monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, config=replace(r.config, warmup_fake=10), iters=300, every=dict(log=10, show=0, save=40, eval=0)))
     (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
     def spoil(step, f, times=1):
