@@ -4,8 +4,9 @@
     python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
 A row is a name of ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed. Writes DIR/NAME.csv (log and
-evaluations), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights. The clock of a row counts
-updates alone: no warm-up, no recording of graphs, no evaluation."""
+evaluations), NAME.json (its settings), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights. The
+clock of a row counts iterations alone, the critic's warm-up among them: no evaluation, and not the first --log iterations, in which
+graphs are recorded; later recordings count as long as the iterations before them."""
 import argparse, gc, json, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from dmd2_nb.train import train
 from dmd2_nb.weights import save_denoiser
 
 LOGGED = ('step', 'seconds', *COLUMNS, *(f'{p}{c}{s}' for p in ('', 'raw_') for c in ('kid', 'kid_held') for s in ('', '_se')), 'logit_train', 'logit_held', 'logit_gen')
-FOUR = '80;5;1.2;0.35'
 NOGAN = dict(gan_g=0, gan_d=0)
 ROWS = dict(one={}, no_gan=NOGAN)
 
