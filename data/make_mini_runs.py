@@ -13,7 +13,7 @@ may name its folder), --px 32 the bundled set; without it 64 if it is there. A r
 that fails is told and the next begins. The clock of a row counts iterations alone: no judging, and none that records a CUDA graph."""
 import time
 START = time.time()
-import argparse, json, shutil, sys, tempfile, traceback
+import argparse, gc, json, shutil, sys, tempfile, traceback
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -173,8 +173,9 @@ def teacher(a):
         row.took = time.time()-b
         job.say(name, digits(table[name]))
         job.note('teacher', rows=table, guidance=best(), **facts)
-    row.took = 0. if a.tiny else 12.
-    def best(): return float(min((k for k in table if k.startswith('guidance')), key=lambda k: table[k]['kid']).split()[1])
+    row.took = 0. if a.tiny else 10.
+    def best(): return float(min((k for k in table if k.startswith('guidance')), key=lambda k: table[k]['kid'], default='guidance 2').split()[1])
+    job.note('teacher', rows=table, guidance=best(), **facts)
     for g in (1., 3.) if a.tiny else (2., 1.5, 3., 1., 4.): row(f'guidance {g:g}', 4 if a.tiny else 30, g)
     g = best()
     save_mini(m, job.out/'mini_teacher', **facts, guidance=g)
@@ -244,7 +245,7 @@ def rows(a):
                 job.say(f'{full} failed: {traceback.format_exc().strip().splitlines()[-1]}')
             took = time.time()-b
             job.say(f'{full} took {took:.0f} s')
-            if a.device == 'cuda': torch.cuda.empty_cache()
+            if a.device == 'cuda': gc.collect(); torch.cuda.empty_cache()  # graphs hold their run and the run its graphs
     summary(job.out)
 
 
@@ -271,7 +272,7 @@ class Curve:
         b, seconds = time.time(), self.seconds
         x = self.draw(G)
         r = self.judge(x, self.rows, 1)
-        self.points.append(dict(updates=self.updates, seconds=round(seconds, 2), **{k: r[k] for k in ('kid', 'kid_se', 'patch_kid', 'class_right')}))
+        self.points.append(dict(updates=self.updates, seconds=round(seconds, 2), **{k: r[k] for k in ('kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'class_right')}))
         self.sheets.append(x[:8])
         self.job.say(self.name, digits(self.points[-1]), f'{self.updates} updates')
         self.spent += time.time()-b
@@ -303,7 +304,7 @@ def adaptation(a):
     def many(name):
         y = draw_mini(m, asked, 4 if a.tiny else 30, guidance)
         sheets[name], r = y[:8], judge(y, wanted)
-        table[name] = {k: r[k] for k in ('kid', 'kid_se', 'patch_kid', 'class_right')}
+        table[name] = {k: r[k] for k in ('kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'class_right')}
         job.say(name, digits(r))
     many('teacher before, many steps')
     train = lambda graph: train_mini(m, x, ids, 10 if a.tiny else a.tune, 8 if a.tiny else a.batch, 2e-4, warmup=50, dtype='bfloat16' if a.graph else 'float32', graph=graph)
@@ -364,7 +365,7 @@ def adaptation(a):
             sheets[f'{name}, four steps'] = see.sheets[-1]
             finish_adapt(job, table, curves, sheets, dict(style=a.style, guidance=guidance, batch=cfg.batch, lr_g=cfg.lr_g, px=m.px, device=a.card))
         job.say(f'{name} took {time.time()-b:.0f} s')
-        if a.device == 'cuda': torch.cuda.empty_cache()
+        if a.device == 'cuda': gc.collect(); torch.cuda.empty_cache()  # graphs hold their run and the run its graphs
     summary(job.out)
 
 
@@ -374,9 +375,9 @@ def finish_adapt(job, table, curves, sheets, facts):
     if 'warm' in curves: target = (curves['warm']['kid'][0]+min(v for c in curves.values() for v in c['kid']))/2
     first = lambda c, k: next((c[k][j] for j, v in enumerate(c['kid']) if v <= target), None)
     rows = dict(table)
-    if 'warm' in curves: rows['start, four steps'] = {k: curves['warm'][k][0] for k in ('kid', 'kid_se', 'patch_kid', 'class_right')}
+    if 'warm' in curves: rows['start, four steps'] = {k: curves['warm'][k][0] for k in ('kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'class_right')}
     for n, c in curves.items():
-        rows[f'{n}, four steps'] = {k: c[k][-1] for k in ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds')} | ({} if target is None else dict(updates_to_target=first(c, 'updates'), seconds_to_target=first(c, 'seconds')))
+        rows[f'{n}, four steps'] = {k: c[k][-1] for k in ('kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'class_right', 'updates', 'seconds')} | ({} if target is None else dict(updates_to_target=first(c, 'updates'), seconds_to_target=first(c, 'seconds')))
     job.note('adapt', table=rows, target=target, curves=curves, rows=list(sheets), **facts)
     Image.fromarray(tile(torch.cat(list(sheets.values())), ncols=8, pad=4).numpy()).save(job.out/'mini_adapt.png')
     show('adapt', rows, ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds', 'updates_to_target'))
@@ -399,9 +400,10 @@ def collect(a):
     if strips:
         shots = [Image.open(out/f'mini_{n}.png').convert('RGB') for n in strips]
         w, h = shots[0].size
-        h = h//2  # a sheet is four rows of four; the second pictures of each prompt are left out
-        page = Image.new('RGB', (2*w+4, (h+4)*len(shots)-4), 'white')
-        for j, im in enumerate(shots): page.paste(im.crop((0, 0, w, h//2)), (0, j*(h+4))); page.paste(im.crop((0, h//2, w, h)), (w+4, j*(h+4)))
+        h = (h+4)//4  # a sheet is four rows of four; the second pictures of each prompt are left out
+        page = Image.new('RGB', (2*w+4, h*len(shots)), 'white')
+        for j, im in enumerate(shots):
+            for k in (0, 1): page.paste(im.crop((0, k*h, w, k*h+h)), (k*(w+4), j*h))
         page.quantize(256, dither=Image.Dither.NONE).save(to/'mini_strips.png', optimize=True)
         write_text(to/'mini_strips.json', json.dumps(dict(rows=strips, prompts=SHEET))+'\n')
     if (out/'mini_adapt.png').is_file(): Image.open(out/'mini_adapt.png').convert('RGB').quantize(256, dither=Image.Dither.NONE).save(to/'mini_adapt.png', optimize=True)
