@@ -213,7 +213,7 @@ def student(job, name, seed, folder, graph):
         steps = [int((sdxl_sigmas()-s).abs().argmin()) for s in cfg.levels]
         (export_lora if shared else export_unet)(dmd.ema.net.net, job.out/f'mini_{full}', steps)
     job.note(full, row=end, seconds=rows[-1]['seconds'], iterations=dmd.step, updates=dmd.g_updates, batch=cfg.batch, ttur=cfg.ttur, lr_g=cfg.lr_g, gan_g=cfg.gan_g, seed=seed, levels=list(cfg.levels),
-             guidance=guidance, px=m.px, graph=graph, device=a.card)
+             guidance=cfg.guidance, px=m.px, graph=graph, device=a.card)
 
 
 def rows(a):
