@@ -1,12 +1,16 @@
 """One step, four steps and the ablation on emoji32, each row for the same number of seconds alone on a GPU.
 
-    python data/make_emoji_ablation.py --teacher emoji32_teacher.safetensors --out DIR --seconds 60 one no_gan 'mine:lr_g=3e-4,levels=2.5'
+    python data/make_emoji_ablation.py --teacher emoji32_teacher.safetensors --out DIR --seconds 60 one ratio5@1 'mine:lr_g=3e-4,levels=2.5'
     python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
-A row is a name of ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed. Writes DIR/NAME.csv (log and
-evaluations), NAME.json (its settings), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights. The
-clock of a row counts iterations alone, the critic's warm-up among them: no evaluation, and not the first --log iterations, in which
-graphs are recorded; later recordings count as long as the iterations before them."""
+A row is a name of emoji_rows.ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed; seconds=, decay= (share of
+the time over which the rates fall to nothing) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
+final figures), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights.
+
+The clock of a row counts iterations alone: it is the time that they take with the card to themselves, no evaluation, and not the
+first --log iterations, in which graphs are recorded; later recordings count as long as the iterations before them. Kernels of so small a
+network leave most of a GPU idle, so --together rows share it, each on a stream of its own; whenever the graphs of a row have changed,
+its next --log iterations have the card to themselves, and say what one costs."""
 import argparse, gc, json, sys, time, traceback
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,52 +18,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from dmd2_nb.core import cond_index, cond_to, rng
 from dmd2_nb.distill import DMD2
 from dmd2_nb.evaluate import draw, eval_conds, student_sampler
+from dmd2_nb.fid import precision_recall
 from dmd2_nb.gan import noisy_logits
 from dmd2_nb.images import to_float
 from dmd2_nb.jobs import COLUMNS, first_networks, open_data, open_judge, open_teacher
-from dmd2_nb.noise import karras_sigmas
-from dmd2_nb.recipes import config_changes, config_levels, recipe
+from dmd2_nb.metrics import kid, sliced_wasserstein
+from dmd2_nb.noise import add_noise, karras_sigmas
+from dmd2_nb.recipes import falling_rate, recipe
 from dmd2_nb.regression import TeacherPairs
 from dmd2_nb.runs import CsvLog, Means, batches, cond_batches, read_log
+from dmd2_nb.sampling import few_step_states
 from dmd2_nb.train import train
 from dmd2_nb.weights import save_denoiser
+from emoji_rows import NOGAN, Consistency, encoder_distance, parse, small
 
-LOGGED = ('step', 'seconds', *COLUMNS, *(f'{p}{c}{s}' for p in ('', 'raw_') for c in ('kid', 'kid_held') for s in ('', '_se')), 'logit_train', 'logit_held', 'logit_gen')
-NOGAN = dict(gan_g=0, gan_d=0)
-ROWS = dict(one={}, no_gan=NOGAN)
-
-def encoder_distance(T):
-    "Huber on pixels plus on the features of the teacher's encoder, for the regression loss; not what is measured with"
-    def distance(a, b):
-        s = torch.full((len(a),), 0.1, device=a.device)
-        y = torch.zeros(len(a), T.model.label_dim, device=a.device)
-        with torch.no_grad(): fb = T.encode(b, s, y)
-        return F.huber_loss(a, b, delta=0.1) + F.huber_loss(T.encode(a, s, y).float(), fb.float(), delta=0.1)
-    return distance
-
-def parse(text):
-    "Row name, seed, changes"
-    name,_,more = text.partition(':')
-    base,_,seed = name.partition('@')
-    pairs = [o for o in more.split(',') if o]
-    own = dict(ROWS.get(base, {}))
-    for o in pairs:
-        k,_,v = o.partition('=')
-        own[k] = v
-    return name, int(seed or 0), own
-
-def changes(own):
-    "Texts and numbers as fields of the config; what is not a field stays apart"
-    from dataclasses import fields
-    from dmd2_nb.distill import DMD2Config
-    known = {f.name for f in fields(DMD2Config)}
-    res = config_changes([f"{k}={str(v).replace(';', ',')}" for k,v in own.items() if k in known])
-    return res, {k: v for k,v in own.items() if k not in known}
+LOGGED = ('step', 'seconds', *COLUMNS, 'loss', *(f'{p}{c}{s}' for p in ('', 'raw_') for c in ('kid', 'kid_held') for s in ('', '_se')),
+          'logit_train', 'logit_held', 'logit_gen', 'kid_1', 'kid_2', 'kid_3', 'gap_2', 'gap_3', 'gap_4')
 
 class Bench:
     "What all rows share"
@@ -69,8 +47,9 @@ class Bench:
         self.T,_ = open_teacher(self.r, self.data, a.teacher, self.device)
         self.judge = open_judge(self.r, self.data, self.held, self.device)
         self.judge.refs
-        self.watch = eval_conds(self.data, a.n)
+        self.watch,self.end = (eval_conds(self.data, n) for n in (a.n, a.final))
         self.kinds = eval_conds(self.data, 8, seed=3)
+        self.groups = self.data.cond.unique(dim=0).repeat_interleave(4, 0)  # 4 images of each class and style
         g = rng(0, 5)
         pick = lambda d: torch.randperm(len(d), generator=g)[:512]
         self.reals = {k: (to_float(d.images[i]).to(self.device), cond_to(d.conds(i), self.device)) for k,d,i in (('train', self.data, pick(self.data)), ('held', self.held, pick(self.held)))}
@@ -96,59 +75,163 @@ class Bench:
             with dmd.cast(): res[f'logit_{k}'] = noisy_logits(dmd.fake, dmd.head, y, sigma, c, torch.randn(y.shape, generator=g, device=self.device)).float().mean().item()
         return res
 
-    def evaluate(self, dmd, n=None):
-        conds,row = self.watch if n is None else eval_conds(self.data, n),{}
+    @torch.no_grad()
+    def steps(self, dmd, n=1000):
+        "Kernel distance after each step but the last, and how far the inputs it makes are from noised real images, in units of the noise"
+        if len(dmd.cfg.levels)==1: return {}
+        levels,res,seen,known = torch.tensor(dmd.cfg.levels),{},[],self.reals['train'][0]
+        def noting(x, s, c):
+            seen.append(dmd.ema.net(x, s, c))
+            return seen[-1]
+        def states(z, cond, generator):
+            del seen[:]
+            for i,(x,s) in enumerate(few_step_states(noting, z, levels, cond, generator)): inputs = x
+            return torch.cat([seen[i] for i in range(len(levels)-1)], 1)
+        x = draw(states, self.data.shape, cond_index(self.watch, slice(0, n)), 1, device=self.device).chunk(len(levels)-1, 1)
+        real = next(iter(self.judge.refs.values()))
+        g = rng(0, 8, device=self.device)
+        for i,y in enumerate(x, 1):
+            res[f'kid_{i}'] = kid(self.judge.extract(y), real)[0]
+            s = levels[i].to(self.device).expand(len(known))
+            a,b = (add_noise(o, s, torch.randn(o.shape, generator=g, device=self.device)) for o in (to_float(y[:len(known)]).to(self.device), known))
+            res[f'gap_{i+1}'] = sliced_wasserstein(a, b)/levels[i].item()
+        return res
+
+    def evaluate(self, dmd, last=False):
+        "On the default stream, so that all rows use the same memory"
+        if self.device.type!='cuda': return self._evaluate(dmd, last)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            row = self._evaluate(dmd, last)
+            torch.cuda.synchronize()
+        return row
+
+    def _evaluate(self, dmd, last):
+        conds,row = self.end if last else self.watch,{}
         for k,G in (('', dmd.ema.net), ('raw_', dmd.G)):
             x = draw(student_sampler(G, dmd.cfg.levels), self.data.shape, conds, 1, device=self.device)
             row |= {k+m: v for m,v in self.judge(x, fast=True).items() if m!='n'}
-            if not k: row |= self.logits(dmd, to_float(x[:512]).to(self.device), cond_to(cond_index(conds, slice(0, 512)), self.device))
+            if not k:
+                row |= self.logits(dmd, to_float(x[:512]).to(self.device), cond_to(cond_index(conds, slice(0, 512)), self.device))|self.steps(dmd)
+                if last: self.finals = self.final(dmd, x)
         return row
+
+    def final(self, dmd, x):
+        "Precision, recall, and mean distance of 4 images of the same class and style, as features"
+        p,r = precision_recall(self.judge.extract(x), next(iter(self.judge.refs.values())))
+        f = self.judge.extract(draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.groups, 4, device=self.device)).float()
+        d = torch.cdist(f.reshape(-1, 4, f.shape[1]), f.reshape(-1, 4, f.shape[1])).sum((1, 2))/12
+        return dict(precision=p, recall=r, diversity=d.mean().item(), n=len(x))
 
     def strip(self, dmd): return draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.kinds, 3, device=self.device)
 
     def facts(self, text):
-        "What a row is: changes to the recipe, card, processes that shared it"
-        name,seed,own = parse(text)
+        "What a row is: changes to the recipe, card, rows that share it"
+        name,seed,changes,extra = parse(text)
         card = torch.cuda.get_device_name() if self.device.type=='cuda' else 'cpu'
-        return dict(settings=dict(config=asdict(replace(self.r.config, seed=seed, **changes(own)[0])), more=changes(own)[1]), card=card, shared_by=self.a.shared_by, n=[self.a.n, self.a.final])
+        return dict(settings=dict(config=asdict(replace(self.r.config, seed=seed, **changes)), more=extra), card=card, together=self.a.together, n=[self.a.n, self.a.final])
 
-    def run(self, text):
-        a,device = self.a,self.device
-        name,seed,own = parse(text)
-        ch,extra = changes(own)
-        cfg = replace(self.r.config, seed=seed, **ch)
+    def make(self, cfg, extra, nets=None):
+        "A run and its loop"
+        device,r = self.device,self.r
+        reals = lambda: batches(self.data, cfg.batch, cfg.seed+1, 0, device)
+        if 'consistency' in extra:
+            run = Consistency(self.T, first_networks(r, self.T)[0], cfg, int(extra['consistency']))
+            return run, run.train(reals())
         make = DMD2
         if device.type=='cuda': from dmd2_nb.graphs import GraphedDMD2 as make
-        dmd = make(self.T, *first_networks(self.r, self.T, extra.get('begin')), cfg, probe=cond_to(self.data.conds(torch.arange(1)), device), pairs=self.pairs() if cfg.w_reg else None)
-        reals = batches(self.data, cfg.batch, seed+1, 0, device) if cfg.gan or cfg.rollout!='sim' else None
-        conds,means = cond_batches(self.data, cfg.batch, seed+2, 0, device),Means()
-        log = CsvLog(a.out/f'{name}.csv', LOGGED)
-        (a.out/f'{name}.json').write_text(json.dumps(self.facts(text), indent=1))
-        seconds,strips,clock,step,limit = 0.,[self.strip(dmd)],None,0,float(extra.get('seconds', a.seconds))
+        G,fake = nets or first_networks(r, self.T)
+        if 'small' in extra: G = small(r, self.T, extra['small'])
+        dmd = make(self.T, G, fake, cfg, probe=cond_to(self.data.conds(torch.arange(1)), device), pairs=self.pairs() if cfg.w_reg else None)
+        return dmd, train(dmd, cond_batches(self.data, cfg.batch, cfg.seed+2, 0, device), 10**9, reals() if cfg.gan or cfg.rollout!='sim' else None)
+
+    def row(self, text):
+        "One row, iteration by iteration; yields whether the coming block of iterations wants the card for itself"
+        a = self.a
+        name,seed,changes,extra = parse(text)
+        cfg,limit = replace(self.r.config, seed=seed, **changes),extra.get('seconds', a.seconds)
+        stage = extra.get('stage')
+        dmd,loop = self.make(replace(cfg, **NOGAN) if stage else cfg, extra)
+        means,log,facts = Means(),CsvLog(a.out/f'{name}.csv', LOGGED),self.facts(text)
+        begun = step0 = g0 = 0
+        seconds,per,recorded,strips,block,t = 0.,None,None,[self.strip(dmd)],0,time.time()
+        rate = falling_rate(1., limit, extra['decay'], 0.01) if 'decay' in extra else lambda s: 1.
         marks = [limit*(i+1)/a.evals for i in range(a.evals)]
-        recorded,per = 0,0.  # a block in which a graph was recorded counts as long as the one before
-        for step,o in enumerate(train(dmd, conds, 10**9, reals), 1):
-            means.add(o)
-            if step%a.log: continue
-            row = means.take() | dict(g_updates=dmd.g_updates)
-            now = time.perf_counter()
-            slots = list(getattr(dmd, '_slots', {}).values())
-            whole = all(o['graph'].graph is not None for o in slots) and len(slots)==recorded
-            recorded = len(slots) if all(o['graph'].graph is not None for o in slots) else -1
-            if clock is not None and whole: per = (now-clock)/a.log
-            if clock is not None: seconds += per*a.log
-            if marks and seconds>=marks[0] or any(v!=v for v in row.values()):
-                row |= self.evaluate(dmd, a.final if len(marks)<=1 else None)
-                strips.append(self.strip(dmd)); marks[:1] = []
-            log.add(dict(step=step, seconds=seconds, **row))
-            if any(v!=v for v in row.values()): print(f'{name}: diverged at {step}', flush=True); break
-            if not marks: break
+        while marks:
+            alone = per is None or recorded!=self.graphs(dmd)  # graphs are new: what does an iteration cost now?
+            before = recorded = self.graphs(dmd)
+            if alone and self.device.type=='cuda': torch.cuda.synchronize()
+            for o in ([dmd.opt_g, dmd.opt_fake] if hasattr(dmd, 'opt_fake') else [dmd.opt_g]):
+                for g in o.param_groups:
+                    g.setdefault('full_lr', g['base_lr']); g['base_lr'] = g['full_lr']*rate(seconds)
+                    if isinstance(dmd, Consistency): g['lr'].fill_(g['base_lr']) if torch.is_tensor(g['lr']) else g.update(lr=g['base_lr'])
             clock = time.perf_counter()
+            for _ in range(a.log):
+                yield alone
+                means.add(next(loop)); begun += 1
+            if alone:
+                if self.device.type=='cuda': torch.cuda.synchronize()
+                whole = self.graphs(dmd)==before
+                if whole: per = (time.perf_counter()-clock)/a.log
+            block += 1
+            seconds += 0. if per is None else per*a.log
+            due,bad = seconds>=marks[0] or time.time()>a.end,False
+            if block%a.thin and not due: continue
+            row = dict(step=begun, seconds=seconds, ms=1e3*(per or 0.)) | means.take() | dict(g_updates=dmd.g_updates+g0)
+            bad = any(v!=v for v in row.values())
+            if stage and seconds>=limit*stage and not bad:
+                nets,g0,stage = (dmd.G, dmd.fake),g0+dmd.g_updates,None
+                del loop; dmd,loop = self.make(replace(cfg, gan_start=0), extra, nets); per,recorded = None,None
+            if time.time()>a.end or bad: marks = marks[-1:]
+            if due or bad:
+                last = len(marks)==1
+                row |= self.evaluate(dmd, last)
+                strips.append(self.strip(dmd)); marks[:1] = []
+                if last: facts['final'] = self.finals|{k: v for k,v in row.items() if 'kid' in k and 'gap' not in k}
+            log.add({k: v for k,v in row.items() if k in LOGGED})
+            if bad: print(f'{name}: diverged at {begun}', flush=True)
+        facts |= dict(steps=begun, g_updates=dmd.g_updates+g0, seconds=seconds, ms=1e3*(per or 0.))
+        (a.out/f'{name}.json').write_text(json.dumps(facts, indent=1))
         sheet = torch.stack(strips).permute(0, 3, 1, 4, 2).reshape(len(strips)*self.data.shape[1], 8*self.data.shape[2], 3)
         Image.fromarray(sheet.numpy()).save(a.out/f'{name}.png')
-        if a.keep and name.split('@')[0] in a.keep.split(','):
+        if a.keep and name in a.keep.split(','):
             save_denoiser(dmd.ema.net, a.out/f'{name}.safetensors', torch.float16, levels=cfg.levels, classes=self.data.class_names, styles=self.data.style_names, data='emoji32')
-        return name,step,dmd.g_updates,seconds
+        rows = [o for o in read_log(a.out/f'{name}.csv') if 'kid' in o]
+        o,f = rows[-1],facts.get('final', {})
+        print(f'{text}: {begun} its, {facts["g_updates"]} g, {seconds:.0f} s counted, {time.time()-t:.0f} s; {facts["ms"]:.1f} ms/it; kid ' + ' '.join(f"{r['kid']:.4f}/{r['raw_kid']:.4f}" for r in rows) +
+              f" held {o['kid_held']:.4f} se {o['kid_se']:.4f} P {f.get('precision', 0):.3f} R {f.get('recall', 0):.3f} div {f.get('diversity', 0):.2f}" +
+              ''.join(f" {k} {o[k]:.2f}" for k in LOGGED[-9:] if k in o), flush=True)
+        return seconds
+
+    def graphs(self, dmd):
+        "How many graphs there are; none while one is still to be recorded"
+        slots = list(getattr(dmd, '_slots', {}).values())
+        return len(slots) if all(o['graph'].graph is not None for o in slots) else -1
+
+    def run(self, texts):
+        "All rows, --together at a time: each iteration of each in turn, on its own stream"
+        queue,active,total,t0 = list(texts),[],0.,time.time()
+        while queue or active:
+            while queue and len(active)<self.a.together and time.time()<self.a.end-self.a.least:
+                text = queue.pop(0)
+                active.append([text, self.row(text), torch.cuda.Stream() if self.device.type=='cuda' else None, True])
+            if not active: print('no time left for', *queue, flush=True); break
+            for o in list(active):
+                text,loop,s,alone = o
+                try:
+                    if s: s.wait_stream(torch.cuda.default_stream())
+                    with torch.cuda.stream(s):
+                        if alone and s: torch.cuda.synchronize()
+                        o[3] = next(loop)
+                        while o[3]: o[3] = next(loop)  # a block alone
+                except StopIteration as e: total += e.value or 0.
+                except Exception: traceback.print_exc()
+                else: continue
+                if s: torch.cuda.synchronize()
+                active.remove(o); del loop, o
+                gc.collect()
+                if s: torch.cuda.empty_cache()
+        print(f'{total:.0f} s alone in {time.time()-t0:.0f} s', flush=True)
 
 def collect(to, folder):
     "Logs and settings of all rows in two files"
@@ -161,24 +244,19 @@ def collect(to, folder):
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('rows', nargs='+'); ap.add_argument('--collect'); ap.add_argument('--shared-by', type=int, default=1, help='processes on the card'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.')); ap.add_argument('--seconds', type=float, default=60)
+    ap.add_argument('rows', nargs='+'); ap.add_argument('--collect'); ap.add_argument('--together', type=int, default=1, help='rows that share the card'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.'))
+    ap.add_argument('--seconds', type=float, default=60); ap.add_argument('--stop', type=float, default=1e9, help='seconds after which all rows end where they are'); ap.add_argument('--least', type=float, default=60, help='no row is begun so shortly before')
     ap.add_argument('--n', type=int, default=2500, help='samples of an evaluation'); ap.add_argument('--final', type=int, default=5000, help='of the last one'); ap.add_argument('--evals', type=int, default=4)
-    ap.add_argument('--log', type=int, default=50); ap.add_argument('--pairs', type=int, default=5000); ap.add_argument('--keep', default=''); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    ap.add_argument('--log', type=int, default=50, help='iterations of a block'); ap.add_argument('--thin', type=int, default=4, help='blocks a row of the log'); ap.add_argument('--pairs', type=int, default=5000)
+    ap.add_argument('--keep', default=''); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
     if a.collect: return collect(a.collect, a.rows[0])
     a.out.mkdir(parents=True, exist_ok=True)
+    for text in a.rows: parse(text)
     t0 = time.time()
+    a.end = t0+a.stop
     bench = Bench(a)
     print(f'set up in {time.time()-t0:.0f} s', flush=True)
-    for text in a.rows:
-        t = time.time()
-        try: name,step,g,sec = bench.run(text)
-        except Exception: traceback.print_exc(); continue
-        finally:
-            gc.collect()
-            if a.device=='cuda': torch.cuda.empty_cache()
-        rows = [o for o in read_log(a.out/f'{name}.csv') if 'kid' in o]
-        print(f'{text}: {step} its, {g} g, {sec:.0f} s counted, {time.time()-t:.0f} s; {sec/step*1e3:.1f} ms/it; kid ' + ' '.join(f"{o['kid']:.4f}/{o['raw_kid']:.4f}" for o in rows) +
-              f" held {rows[-1]['kid_held']:.4f} se {rows[-1]['kid_se']:.4f}" + ''.join(f" {k} {rows[-1][k]:.2f}" for k in ('logit_train', 'logit_held', 'logit_gen') if k in rows[-1]), flush=True)
+    bench.run(a.rows)
 
 if __name__=='__main__': main()

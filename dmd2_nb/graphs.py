@@ -19,16 +19,17 @@ class CudaGraph:
         fn,            # `fn(*trees of tensors) -> tree of tensors`, always of the same shapes
         warmup:int=3,  # Eager calls before the capture; they count as calls
         pool=None,     # Memory pool shared with other graphs that never run at the same time
+        stream=None,   # Stream of eager calls and of the capture; runs side by side on one card need one each
     ):
-        self.fn,self.warmup,self.pool,self.calls,self.graph = fn,warmup,pool,0,None
+        self.fn,self.warmup,self.pool,self.stream,self.calls,self.graph = fn,warmup,pool,stream,0,None
 
-    sides = {} # The stream of all eager calls, one a device: what it frees serves the next of them
+    sides = {} # The stream of eager calls where none is given, one a device: what it frees serves the next of them
 
     def __call__(self, *args): # Outputs; overwritten by the next call
         if self.calls<self.warmup:
             self.calls += 1
             d = torch.cuda.current_device()
-            side = self.sides[d] = self.sides.get(d) or torch.cuda.Stream()
+            side = self.stream or self.sides.setdefault(d, torch.cuda.Stream())
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side): out = self.fn(*args)
             torch.cuda.current_stream().wait_stream(side)
@@ -37,7 +38,7 @@ class CudaGraph:
             self.inputs = cond_map(lambda t: t.clone(), args)
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool): self.outputs = self.fn(*self.inputs)
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream): self.outputs = self.fn(*self.inputs)
         cond_map(lambda a,b: a.copy_(b), self.inputs, args)
         self.graph.replay()
         return self.outputs
@@ -47,11 +48,11 @@ class GraphedDMD2(DMD2):
     "`DMD2` whose generator and critic updates replay as CUDA graphs; the loop around it is the same"
     def __init__(self, *args, **kwargs): # As for `DMD2`
         self.capturable = True
-        self._slots,self._slot,self._pool = {},None,None
+        self._slots,self._slot,self._pool,self._stream = {},None,None,None
         super().__init__(*args, **kwargs)
         if self.device.type!='cuda': raise ValueError(f'CUDA graphs need a CUDA device, the generator is on {self.device}')
         if self.scaler_g.is_enabled(): raise ValueError('CUDA graphs need bfloat16 or float32: loss scaling decides in Python')
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool,self._stream = torch.cuda.graph_pool_handle(),torch.cuda.Stream()  # its own, so that several runs can share a card
         for o in (self.opt_g, self.opt_fake):
             for g in o.param_groups: g['lr'] = torch.tensor(float(g['lr']), device=self.device)
 
@@ -77,7 +78,7 @@ class GraphedDMD2(DMD2):
     def _replay(self, key, fn, *args):
         shapes = []
         cond_map(lambda t: shapes.append(tuple(t.shape)) or t, args)
-        slot = self._slots.setdefault((key, tuple(shapes)), dict(draws={}, graph=CudaGraph(fn, pool=self._pool)))
+        slot = self._slots.setdefault((key, tuple(shapes)), dict(draws={}, graph=CudaGraph(fn, pool=self._pool, stream=self._stream)))
         if slot['graph'].calls>=slot['graph'].warmup:
             for (kind,*a),buf in slot['draws'].items(): buf.copy_(getattr(DMD2, kind)(self, *a))
         self._slot = slot
