@@ -4,8 +4,9 @@
     python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
 A row is a name of emoji_rows.ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed; seconds=, decay= (share of
-the time over which the rates fall to nothing) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
-final figures), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights.
+the time over which the rates fall to nothing), wall= (seconds by the clock on the wall in the place of the row's own) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
+final figures), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights: the average, and what a later run
+can begin from (NAME_generator, NAME_fake, NAME_head).
 
 The clock of a row counts iterations alone: it is the time that they take with the card to themselves, no evaluation, and not the
 first --log iterations, in which graphs are recorded; later recordings count as long as the iterations before them. Kernels of so small a
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dmd2_nb.core import cond_index, cond_to, rng
 from dmd2_nb.distill import DMD2
@@ -79,7 +81,7 @@ class Bench:
     def steps(self, dmd, n=1000):
         "Kernel distance after each step but the last, and how far the inputs it makes are from noised real images, in units of the noise"
         if len(dmd.cfg.levels)==1: return {}
-        levels,res,seen,known = torch.tensor(dmd.cfg.levels),{},[],self.reals['train'][0]
+        levels,res,seen,known = torch.tensor(dmd.cfg.levels),{},[],self.reals['train'][0][:min(n, self.a.n)]
         def noting(x, s, c):
             seen.append(dmd.ema.net(x, s, c))
             return seen[-1]
@@ -149,13 +151,14 @@ class Bench:
         "One row, iteration by iteration; yields whether the coming block of iterations wants the card for itself"
         a = self.a
         name,seed,changes,extra = parse(text)
-        cfg,limit = replace(self.r.config, seed=seed, **changes),extra.get('seconds', a.seconds)
+        cfg,limit = replace(self.r.config, seed=seed, **changes),extra.get('wall', extra.get('seconds', a.seconds))
         stage = extra.get('stage')
         dmd,loop = self.make(replace(cfg, **NOGAN) if stage else cfg, extra)
         means,log,facts = Means(),CsvLog(a.out/f'{name}.csv', LOGGED),self.facts(text)
         begun = step0 = g0 = 0
         seconds,per,recorded,strips,block,t = 0.,None,None,[self.strip(dmd)],0,time.time()
         rate = falling_rate(1., limit, extra['decay'], 0.01) if 'decay' in extra else lambda s: 1.
+        spent = (lambda: time.time()-t) if 'wall' in extra else lambda: seconds
         marks = [limit*(i+1)/a.evals for i in range(a.evals)]
         while marks:
             alone = per is None or recorded!=self.graphs(dmd)  # graphs are new: what does an iteration cost now?
@@ -163,7 +166,7 @@ class Bench:
             if alone and self.device.type=='cuda': torch.cuda.synchronize()
             for o in ([dmd.opt_g, dmd.opt_fake] if hasattr(dmd, 'opt_fake') else [dmd.opt_g]):
                 for g in o.param_groups:
-                    g.setdefault('full_lr', g['base_lr']); g['base_lr'] = g['full_lr']*rate(seconds)
+                    g.setdefault('full_lr', g['base_lr']); g['base_lr'] = g['full_lr']*rate(spent())
                     if isinstance(dmd, Consistency): g['lr'].fill_(g['base_lr']) if torch.is_tensor(g['lr']) else g.update(lr=g['base_lr'])
             clock = time.perf_counter()
             for _ in range(a.log):
@@ -175,11 +178,11 @@ class Bench:
                 if whole: per = (time.perf_counter()-clock)/a.log
             block += 1
             seconds += 0. if per is None else per*a.log
-            due,bad = seconds>=marks[0] or time.time()>a.end,False
+            due,bad = spent()>=marks[0] or time.time()>a.end,False
             if block%a.thin and not due: continue
             row = dict(step=begun, seconds=seconds, ms=1e3*(per or 0.)) | means.take() | dict(g_updates=dmd.g_updates+g0)
             bad = any(v!=v for v in row.values())
-            if stage and seconds>=limit*stage and not bad:
+            if stage and spent()>=limit*stage and not bad:
                 nets,g0,stage = (dmd.G, dmd.fake),g0+dmd.g_updates,None
                 del loop; dmd,loop = self.make(replace(cfg, gan_start=0), extra, nets); per,recorded = None,None
             if time.time()>a.end or bad: marks = marks[-1:]
@@ -194,11 +197,15 @@ class Bench:
         (a.out/f'{name}.json').write_text(json.dumps(facts, indent=1))
         sheet = torch.stack(strips).permute(0, 3, 1, 4, 2).reshape(len(strips)*self.data.shape[1], 8*self.data.shape[2], 3)
         Image.fromarray(sheet.numpy()).save(a.out/f'{name}.png')
-        if a.keep and name in a.keep.split(','):
-            save_denoiser(dmd.ema.net, a.out/f'{name}.safetensors', torch.float16, levels=cfg.levels, classes=self.data.class_names, styles=self.data.style_names, data='emoji32')
+        if name in a.keep.split(','):
+            facts = dict(levels=cfg.levels, classes=self.data.class_names, styles=self.data.style_names, data='emoji32')
+            save_denoiser(dmd.ema.net, a.out/f'{name}.safetensors', torch.float16, **facts)
+            for k,net in dict(generator=dmd.G, fake=getattr(dmd, 'fake', None)).items():
+                if net is not None: save_denoiser(net, a.out/f'{name}_{k}.safetensors', torch.float16, **facts)
+            if getattr(dmd, 'head', None) is not None: save_file({k: v.half().contiguous() for k,v in dmd.head.state_dict().items()}, a.out/f'{name}_head.safetensors')
         rows = [o for o in read_log(a.out/f'{name}.csv') if 'kid' in o]
-        o,f = rows[-1],facts.get('final', {})
-        print(f'{text}: {begun} its, {facts["g_updates"]} g, {seconds:.0f} s counted, {time.time()-t:.0f} s; {facts["ms"]:.1f} ms/it; kid ' + ' '.join(f"{r['kid']:.4f}/{r['raw_kid']:.4f}" for r in rows) +
+        o,f = rows[-1],getattr(self, 'finals', {})
+        print(f'{text}: {begun} its, {dmd.g_updates+g0} g, {seconds:.0f} s counted, {time.time()-t:.0f} s; {1e3*(per or 0.):.1f} ms/it; kid ' + ' '.join(f"{r['kid']:.4f}/{r['raw_kid']:.4f}" for r in rows) +
               f" held {o['kid_held']:.4f} se {o['kid_se']:.4f} P {f.get('precision', 0):.3f} R {f.get('recall', 0):.3f} div {f.get('diversity', 0):.2f}" +
               ''.join(f" {k} {o[k]:.2f}" for k in LOGGED[-9:] if k in o), flush=True)
         return seconds

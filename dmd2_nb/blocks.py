@@ -41,10 +41,9 @@ class GroupNorm(nn.Module):
 
     def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
-    def silu(self, x, scale=0., shift=0., pre=None, act=True):
+    def silu(self, x, scale=None, shift=None, pre=None, act=True):
         "Norm of `x + pre`, scale and shift (each (b, c)), SiLU, in one go"
-        A,B = (self.weight*(1+scale)).expand(len(x), -1),(self.bias*(1+scale) + shift).expand(len(x), -1)
-        return norm_silu(x, A, B, self.groups, self.eps, pre, act)
+        return norm_silu(x, self.weight, self.bias, self.groups, self.eps, pre, act, scale, shift)
 
 # %% ../nbs/21_blocks.ipynb #009e3f35
 class Conv(nn.Module):

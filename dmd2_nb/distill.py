@@ -63,7 +63,7 @@ class DMD2Config:
         if self.rollout not in ('sim','real','mix'): raise ValueError(f"rollout must be sim, real or mix, got '{self.rollout}'")
         for n in ('lr_g','lr_fake','lr_head','w_dm','w_fake','gan_g','gan_d','w_reg','weight_decay','lr_warmup','clip','warmup_fake','gan_start','ema_halflife'):
             if not getattr(self, n)>=0: raise ValueError(f'{n} must not be negative, got {getattr(self, n)}')
-        compute_dtype(self.dtype)
+        compute_dtype(self.dtype, 'cpu')  # a name that is known; no card is asked for
     @property
     def gan(self): return self.gan_g>0 or self.gan_d>0
     @classmethod

@@ -13,23 +13,26 @@ from torch.nn import functional as F
 # %% ../nbs/20c_fused.ipynb #0f791c3f
 def norm_silu_plain(
     x:Tensor,    # Feature maps, (b, c, h, w)
-    A:Tensor,    # Gain of each sample and channel, (b, c)
-    B:Tensor,    # Offset, (b, c)
+    A:Tensor,    # Gain of each sample and channel, (b, c), or of each channel, (c,)
+    B:Tensor,    # Offset, likewise
     groups:int,  # Groups of channels
     eps:float=1e-5,  # Floor of the variance
     pre:Tensor=None, # Added to `x` first, (b, c): the bias of the convolution before
     act:bool=True,   # Whether SiLU follows
+    scale:Tensor=None, # Gain and offset are multiplied by `1+scale`, (b, c)
+    shift:Tensor=None, # Added to the offset then, (b, c)
 )->Tensor: # Like `x`
     "Group norm, gain, offset and SiLU, operation by operation"
     if pre is not None: x = x + pre[:,:,None,None].to(x.dtype)
+    if scale is not None: A,B = A*(1+scale),B*(1+scale) + (0. if shift is None else shift)
     h = F.group_norm(x, groups, eps=eps)
-    z = torch.addcmul(B[:,:,None,None].to(h.dtype), h, A[:,:,None,None].to(h.dtype))
+    z = torch.addcmul(B[...,None,None].to(h.dtype), h, A[...,None,None].to(h.dtype))
     return F.silu(z) if act else z
 
 # %% ../nbs/20c_fused.ipynb #abe163e2
 def _kernels():
     "Triton's kernels, built at the first use; the names they call must be the module's"
-    global triton, tl, tile_, slope
+    global triton, tl, tile_, slope, total, gains
     import triton
     import triton.language as tl
 
@@ -92,13 +95,62 @@ def _kernels():
         dx = slope(x, dy, a, b, ACT)*p[None,:] + x*q[None,:] + r[None,:]
         tl.store(dx_ + at, dx.to(dx_.dtype.element_ty), mask=ok)
 
-    return dict(sums=sums, apply=apply, back_sums=back_sums, back_apply=back_apply, residual=residual)
+    @triton.jit
+    def total(part_, n, cols, ok, C, NT, BD: tl.constexpr):
+        s1,s2 = tl.zeros([BD], tl.float32),tl.zeros([BD], tl.float32)
+        for t in range(NT):
+            o = part_ + (n*NT + t)*2*C + cols
+            s1 += tl.load(o, mask=ok, other=0.)
+            s2 += tl.load(o + C, mask=ok, other=0.)
+        return s1, s2
+
+    @triton.jit
+    def gains(A_, B_, S_, H_, n, cols, ok, sA, sB, sS, sH, MOD: tl.constexpr, BD: tl.constexpr):
+        A,B = tl.load(A_ + n*sA + cols, mask=ok, other=0.).to(tl.float32),tl.load(B_ + n*sB + cols, mask=ok, other=0.).to(tl.float32)
+        s,h = tl.full([BD], 1., tl.float32),tl.zeros([BD], tl.float32)
+        if MOD: s,h = s + tl.load(S_ + n*sS + cols, mask=ok, other=0.).to(tl.float32),tl.load(H_ + n*sH + cols, mask=ok, other=0.).to(tl.float32)
+        return A, B, s, h
+
+    @triton.jit
+    def fold(part_, A_, B_, S_, H_, pre_, out_, m_, N, HW, C, NT, D, eps, sA, sB, sS, sH, sP, MOD: tl.constexpr, PRE: tl.constexpr, BD: tl.constexpr):
+        g,n,j = tl.program_id(0),tl.program_id(1),tl.arange(0, BD)
+        ok,cols = j<D,g*D + j
+        s1,s2 = total(part_, n, cols, ok, C, NT, BD)
+        A,B,s,h = gains(A_, B_, S_, H_, n, cols, ok, sA, sB, sS, sH, MOD, BD)
+        A,B,p = A*s,B*s + h,tl.zeros([BD], tl.float32)
+        if PRE: p = tl.load(pre_ + n*sP + cols, mask=ok, other=0.).to(tl.float32)
+        mu = tl.sum(s1 + HW*p, 0)/(HW*D)
+        var = tl.sum(s2 + p*(2*s1 + HW*p), 0)/(HW*D) - mu*mu
+        r = 1/tl.sqrt(tl.maximum(var, 0.) + eps)
+        o = out_ + n*C + cols
+        tl.store(o, r*A, mask=ok); tl.store(o + N*C, B - (mu-p)*r*A, mask=ok); tl.store(o + 2*N*C, s1, mask=ok)
+        tl.store(m_ + 2*(n*tl.num_programs(0) + g), mu); tl.store(m_ + 2*(n*tl.num_programs(0) + g) + 1, r)
+
+    @triton.jit
+    def back_fold(part_, A_, B_, S_, H_, pre_, s1_, m_, out_, dS_, dH_, N, HW, C, NT, D, sA, sB, sS, sH, sP, MOD: tl.constexpr, PRE: tl.constexpr, BD: tl.constexpr):
+        g,n,j = tl.program_id(0),tl.program_id(1),tl.arange(0, BD)
+        ok,cols = j<D,g*D + j
+        S1,S2 = total(part_, n, cols, ok, C, NT, BD)
+        A,B,s,h = gains(A_, B_, S_, H_, n, cols, ok, sA, sB, sS, sH, MOD, BD)
+        p = tl.zeros([BD], tl.float32)
+        if PRE: p = tl.load(pre_ + n*sP + cols, mask=ok, other=0.).to(tl.float32)
+        mu,r = tl.load(m_ + 2*(n*tl.num_programs(0) + g)),tl.load(m_ + 2*(n*tl.num_programs(0) + g) + 1)
+        dA = r*(S2 + p*S1 - mu*S1)  # with x + pre in the place of x
+        q = -r*r*tl.sum(A*s*dA, 0)/(HW*D)
+        k = -q*mu - r*tl.sum(A*s*S1, 0)/(HW*D) + q*p
+        o = out_ + n*C + cols
+        tl.store(o, q + tl.zeros([BD], tl.float32), mask=ok); tl.store(o + N*C, k, mask=ok)
+        tl.store(o + 2*N*C, dA*s, mask=ok); tl.store(o + 3*N*C, S1*s, mask=ok)
+        if PRE: tl.store(o + 4*N*C, r*A*s*S1 + q*tl.load(s1_ + n*C + cols, mask=ok, other=0.) + HW*k, mask=ok)
+        if MOD: tl.store(dS_ + n*C + cols, (dA*A + S1*B).to(dS_.dtype.element_ty), mask=ok); tl.store(dH_ + n*C + cols, S1.to(dH_.dtype.element_ty), mask=ok)
+
+    return dict(sums=sums, apply=apply, back_sums=back_sums, back_apply=back_apply, residual=residual, fold=fold, back_fold=back_fold)
 
 # %% ../nbs/20c_fused.ipynb #5aaa3edd
 _cache = {}
 
 def _launch(name, x, *args, out=None, **const):
-    "Run one kernel over tiles of pixels; with `out` 'sums' returns (b, 2, c) float32"
+    "Run one kernel over tiles of pixels; with `out` 'sums' returns those of each tile, (b, tiles, 2, c) float32"
     if not _cache: _cache.update(_kernels())
     n,c,h,w = x.shape
     bc = 1<<(c-1).bit_length()
@@ -107,45 +159,49 @@ def _launch(name, x, *args, out=None, **const):
     if out=='sums':
         part = torch.empty(n, tiles, 2, c, device=x.device, dtype=torch.float32)
         _cache[name][(tiles, n)](x, *args, part, h*w, c, **const, T=T, BC=bc)
-        return part.sum(1)
+        return part
     y = torch.empty_like(x, memory_format=torch.channels_last)
     _cache[name][(tiles, n)](x, *args, y, h*w, c, **const, T=T, BC=bc)
     return y
 
+def _small(name, part, groups, *args, **const):
+    "Run one kernel over samples and groups: what a norm does between its passes over the map"
+    n,tiles,_,c = part.shape
+    _cache[name][(groups, n)](part, *args, **const, BD=1<<(c//groups-1).bit_length(), num_warps=1)
+
 # %% ../nbs/20c_fused.ipynb #98afde8b
 class _NormSilu(torch.autograd.Function):
-    "The fused pair of passes; keeps `x` alone"
+    "The fused pair of passes, each with one small kernel between sums and map; keeps `x` alone"
     @staticmethod
-    def forward(ctx, x, A, B, groups, eps, pre, act):
+    def forward(ctx, x, A, B, groups, eps, pre, act, scale=None, shift=None):
         x = x.contiguous(memory_format=torch.channels_last)
         n,c,h,w = x.shape
-        A,B,pre = A.float(),B.float(),torch.zeros_like(A, dtype=torch.float32) if pre is None else pre.float()
-        s1,s2 = _launch('sums', x, out='sums').unbind(1)        # of x, each (b, c)
-        t1,t2 = s1 + h*w*pre,s2 + pre*(2*s1 + h*w*pre)          # of x + pre
-        fold,wide = lambda t: t.reshape(n, groups, -1).sum(-1),lambda t: t[...,None].expand(n, groups, c//groups).reshape(n, c)
-        m = h*w*(c//groups)
-        mu = fold(t1)/m                                         # (b, g)
-        r = (fold(t2)/m - mu*mu).clamp(min=0).add(eps).rsqrt()
-        a = wide(r)*A
-        b = B - (wide(mu)-pre)*a                                # z = x*a + b
-        ctx.save_for_backward(x, A, a, b, mu, r, s1, pre); ctx.groups,ctx.act = groups,act
+        rows = [None if t is None else t if t.stride(-1)==1 else t.contiguous() for t in (A, B, scale, shift, pre)]
+        if scale is not None and shift is None: rows[3] = torch.zeros_like(rows[2])
+        step = [0 if t is None or t.ndim==1 else t.stride(0) for t in rows]  # rows of one channel vector are all the same
+        ctx.const = dict(MOD=scale is not None, PRE=pre is not None)
+        part = _launch('sums', x, out='sums')
+        out,m = torch.empty(3, n, c, device=x.device),torch.empty(n, groups, 2, device=x.device)
+        args = [A if t is None else t for t in rows]
+        _small('fold', part, groups, *args, out, m, n, h*w, c, part.shape[1], c//groups, eps, *step, **ctx.const)
+        a,b,s1 = out.unbind()                                   # z = x*a + b
+        ctx.save_for_backward(x, *args, a, b, s1, m); ctx.step,ctx.act,ctx.shared = step,act,[t.ndim==1 for t in rows[:2]]
         return _launch('apply', x, a, b, ACT=act)
 
     @staticmethod
     def backward(ctx, dy):
-        x,A,a,b,mu,r,s1,pre = ctx.saved_tensors
-        (n,c,h,w),g = x.shape,ctx.groups
-        m,dy = h*w*(c//g),dy.contiguous(memory_format=torch.channels_last)
-        fold,wide = lambda t: t.reshape(n, g, -1).sum(-1),lambda t: t[...,None].expand(n, g, c//g).reshape(n, c)
-        S1,S2 = _launch('back_sums', x, dy, a, b, out='sums', ACT=ctx.act).unbind(1)
-        S2 = S2 + pre*S1                                        # with x + pre in the place of x
-        dA = wide(r)*(S2 - wide(mu)*S1)
-        c1,c2 = fold(A*S1)/m,fold(A*dA)/m
-        q = -r*r*c2
-        p,k = wide(q),wide(-q*mu - r*c1)
-        k = k + p*pre
-        dx = _launch('back_apply', x, dy, a, b, a, p, k, ACT=ctx.act)        # dz*a + x*p + k
-        return dx, dA, S1, None, None, (a*S1 + p*s1 + h*w*k if ctx.needs_input_grad[5] else None), None
+        x,*args,a,b,s1,m = ctx.saved_tensors
+        (n,c,h,w),g,need = x.shape,m.shape[1],ctx.needs_input_grad
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        part = _launch('back_sums', x, dy, a, b, out='sums', ACT=ctx.act)
+        out = torch.empty(4+ctx.const['PRE'], n, c, device=x.device)
+        dS,dH = (torch.empty(n, c, dtype=t.dtype, device=x.device) if ctx.const['MOD'] else x for t in args[2:4])
+        _small('back_fold', part, g, *args, s1, m, out, dS, dH, n, h*w, c, part.shape[1], c//g, *ctx.step, **ctx.const)
+        dx = _launch('back_apply', x, dy, a, b, a, out[0], out[1], ACT=ctx.act)        # dz*a + x*p + k
+        dA,dB = out[2],out[3]
+        if all(ctx.shared): dA,dB = out[2:4].sum(1) if need[1] or need[2] else (None, None)
+        mod = ctx.const['MOD'] and (need[7] or need[8])
+        return dx, dA, dB, None, None, (out[4] if need[5] else None), None, (dS if mod else None), (dH if mod and need[8] else None)
 
 # %% ../nbs/20c_fused.ipynb #9691a878
 class _Halve(torch.autograd.Function):
@@ -171,7 +227,7 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         dy = dy.contiguous(memory_format=torch.channels_last)
-        return dy, dy, _launch('sums', dy, out='sums')[:,0].sum(0) if ctx.needs_input_grad[2] else None
+        return dy, dy, _launch('sums', dy, out='sums')[:,:,0].sum((0, 1)) if ctx.needs_input_grad[2] else None
 
 def fusable(x:Tensor)->bool: # Input of the norm, (b, c, *dims)
     "Whether the fused path takes `x`: a CUDA device, half precision, switched on"
@@ -188,15 +244,17 @@ def residual(
 # %% ../nbs/20c_fused.ipynb #9779a46c
 def norm_silu(
     x:Tensor,    # Feature maps, (b, c, h, w)
-    A:Tensor,    # Gain of each sample and channel, (b, c)
-    B:Tensor,    # Offset, (b, c)
+    A:Tensor,    # Gain of each sample and channel, (b, c), or of each channel, (c,)
+    B:Tensor,    # Offset, of the same shape
     groups:int,  # Groups of channels
     eps:float=1e-5,  # Floor of the variance
     pre:Tensor=None, # Added to `x` first, (b, c)
     act:bool=True,   # Whether SiLU follows
+    scale:Tensor=None, # Gain and offset are multiplied by `1+scale`, (b, c)
+    shift:Tensor=None, # Added to the offset then, (b, c)
 )->Tensor: # Like `x`; channels-last on the fused path
     "Group norm, gain, offset and SiLU: fused on a CUDA device in half precision, plain elsewhere"
-    return (_NormSilu.apply if fusable(x) else norm_silu_plain)(x, A, B, groups, eps, pre, act)
+    return (_NormSilu.apply if fusable(x) else norm_silu_plain)(x, A, B, groups, eps, pre, act, scale, shift)
 
 class fused:
     "Switch of the fused path, also a context: `with fused(False): ...`"

@@ -46,11 +46,10 @@ def nonfinite(
     nets:dict, # Networks by name
 )->list: # Names of those with a weight that is not finite
     "Which networks are broken; one transfer for all"
-    names,sums = [],[]
-    for n,m in nets.items():
-        ts = [t.detach() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()]
-        if ts: names.append(n); sums.append(torch.stack([o.double() for o in torch._foreach_norm(ts)]).sum().cpu())
-    return [n for n,s in zip(names, sums) if not math.isfinite(s)]
+    ts = [(n, t.detach()) for n,m in nets.items() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()]
+    largest = [o.float() for o in torch._foreach_norm([t for _,t in ts], math.inf)] if ts else []
+    if not largest or math.isfinite(torch.stack(largest).sum()): return []
+    return list(dict.fromkeys(n for (n,_),v in zip(ts, torch.stack(largest).tolist()) if not math.isfinite(v)))
 
 def check_weights(
     nets:dict, # Networks by name
@@ -73,12 +72,12 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(), # What is still healthy
-        every:int=10,    # Iterations between two looks
-        n:int=128,       # Fresh samples, at most a batch
+        every:int=10,    # Iterations between two looks at the log; every second one is also at weights and critic
+        n:int=128,        # Fresh samples, at most a batch
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd,self.ref,self.limits,self.every,self.n,self.alone = dmd,ref,limits,every,n,alone
-        self.pending,self.rows,self.probes,self.low,self.lag,self.given = [],[],[],0,None,None
+        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given = [],[],[],0,False,None,None
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
     def note(self, step):
@@ -90,8 +89,7 @@ class Guard:
 
     def __call__(self, log:dict):
         "Take note of one iteration"
-        names = tuple(k for k in WATCHED if k in log)
-        self.pending.append((self.dmd.step, self.level(), names, torch.stack([log[k].detach().float().reshape(()) for k in names])))
+        self.pending.append((self.dmd.step, self.level(), {k: log[k] for k in WATCHED if k in log}))
         if self.dmd.step%self.every==0: self.look()
 
     def watch(self, logs):
@@ -108,23 +106,29 @@ class Guard:
     def collect(self):
         "Numbers of the iterations since the last look: one transfer"
         if not self.pending: return
-        values = iter(torch.cat([v for *_,v in self.pending]).tolist())
-        self.rows = (self.rows + [dict(step=s, level=k, **{n: next(values) for n in names}) for s,k,names,_ in self.pending])[-50:]
+        values = iter(torch.stack([v.float() for *_,d in self.pending for v in d.values()]).tolist())
+        self.rows = (self.rows + [dict(step=s, level=k, **{n: next(values) for n in d}) for s,k,d in self.pending])[-50:]
         self.pending = []
 
     def look(self):
         "All four, the worst first"
         self.collect()
-        new = [o for o in self.rows if o['step']>self.dmd.step-self.every]
-        self.finite(new); self.brightness(new); self.discriminator(new)
-        if self.alone: self.critic()
+        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%(2*self.every)==0)
+        self.finite(new)
+        if closely: self.weights()
+        self.brightness(new); self.discriminator(new)
+        if closely: self.critic()
 
     def finite(self, new):
         scaled = self.dmd.scaler_fake.is_enabled()
         for o in new:
             bad = [k for k,v in o.items() if not math.isfinite(v) and not (scaled and k.startswith('norm_') and any(math.isfinite(p.get(k, math.inf)) for p in self.rows))]
             if bad: raise Alarm('non-finite', o['step'], f"{', '.join(f'{k} is {o[k]}' for k in bad)}; try lower learning rates")
-        if self.alone: check_weights({n: m for n,m in dict(generator=self.dmd.G, ema=self.dmd.ema, fake=self.dmd.fake, head=self.dmd.head).items() if m is not None}, self.dmd.step)
+
+    def weights(self):
+        "Also before a checkpoint is written, so that none holds what is broken"
+        d = self.dmd
+        if self.alone: check_weights({n: m for n,m in dict(generator=d.G, ema=d.ema.net, fake=d.fake, head=d.head).items() if m is not None}, d.step)
 
     def brightness(self, new):
         m,s = _mean(new, 'x_mean'),_mean(new, 'x_std')
@@ -146,9 +150,12 @@ class Guard:
         fresh,seen = self.errors()
         past,self.lag = [math.log(p[1]/p[2]) for p in self.probes[:-1]],fresh/max(seen, 1e-30)
         self.probes = [*self.probes, [self.dmd.step, fresh, max(seen, 1e-30)]][-20:]
+        self.suspect = False
         if len(past)<2: return
         usual = max(median(past), 0.) + max(math.log(self.limits.lag), 3*stdev(past), 2.4/len(self.given[0][:self.n])**0.5)  # few samples scatter more
-        if all(math.log(f/s)>usual for _,f,s in self.probes[-2:]):
+        last = [math.log(f/s) for _,f,s in self.probes[-2:]]
+        self.suspect = last[1]>usual
+        if sum(last)>2*usual:
             raise Alarm('critic', self.dmd.step, f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake')
 
     @torch.no_grad()
@@ -159,11 +166,13 @@ class Guard:
         g = lambda i: rng(d.cfg.seed, d.step, 100+i, device=d.device)
         noise = lambda i: torch.randn(n, *d.shape, generator=g(i), device=d.device)
         rows = torch.randperm(len(x), generator=rng(d.cfg.seed, d.step, 99))[:n].to(x.device)
-        x,cond = x[rows],cond_index(cond, rows)
-        with d.cast():
-            y = d.G(*simulate(d.G, noise(0), d.sigmas, k, cond, noises=(noise(1+i) for i in range(k))), cond)
-            sigma,eps = sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g(90), device=d.device),noise(91)
-            return tuple(fake_score_loss(d.fake, o, sigma, cond, eps).item() for o in (y, x))
+        def both(x, cond, noises, sigma, eps):
+            with d.cast():
+                y = d.G(*simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:])), cond)
+                return torch.stack([fake_score_loss(d.fake, o, sigma, cond, eps) for o in (y, x)])
+        go = getattr(d, '_replay', lambda key,f,*args: f(*args))  # recorded once where the run is a CUDA graph
+        sigma = sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g(90), device=d.device)
+        return tuple(go(('errors', k), both, x[rows], cond_index(cond, rows), [noise(i) for i in range(k+1)], sigma, noise(91)).tolist())
 
     def numbers(self)->dict:
         "For a log row: the critic's lag, and how far the average is from the generator"
@@ -174,7 +183,7 @@ class Guard:
     def state(self)->dict:
         "JSON-able, so that a resumed run is watched like an unbroken one"
         self.collect()
-        return dict(rows=self.rows, probes=self.probes, low=self.low, lag=self.lag, ref=self.ref)
+        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref)
     def load(self, state:dict):
         "Go on from `state()`"
         for k,v in (state or {}).items(): setattr(self, k, v)
@@ -185,7 +194,7 @@ class Guard:
 def distance(a, b)->float: # Two networks of one kind
     "How far two networks are apart, in the length of the second"
     pairs = [(p.detach(), q.detach().to(p.device, p.dtype)) for p,q in zip(a.parameters(), b.parameters())]
-    length = lambda ts: torch.stack([o.double() for o in torch._foreach_norm(ts)]).norm()
+    length = lambda ts: torch.stack([o.float() for o in torch._foreach_norm(ts)]).norm()
     return (length(torch._foreach_sub([p for p,_ in pairs], [q for _,q in pairs]))/length([q for _,q in pairs]).clamp(min=1e-30)).item()
 
 # %% ../nbs/43_guards.ipynb #63703337

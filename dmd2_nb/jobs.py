@@ -233,7 +233,9 @@ def distill_job(
         facts = dict(levels=cfg.levels, classes=_classes(data), styles=data.style_names, data=r.data)
         watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else 128, alone=not world.many)
         watcher.load(kept.get('guard'))
-        write = lambda step,**more: save_step(root, step, lambda p: save(dmd, p, **more | dict(guard=watcher.state(), rollbacks=kept.get('rollbacks', 0))), 2*world.main)
+        def write(step, **more):
+            watcher.weights()
+            return save_step(root, step, lambda p: save(dmd, p, **more | dict(guard=watcher.state(), rollbacks=kept.get('rollbacks', 0))), 2*world.main)
         if guard=='rollback' and not dmd.step: write(0)
         acts = [(r.every['eval']*world.main, evaluate)]
         after = [(r.every.get('keep', 0)*world.main, lambda step,sec: save_denoiser(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', torch.float16, **facts)),
