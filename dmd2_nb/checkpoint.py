@@ -273,4 +273,9 @@ def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and set
         state.setdefault(int(i), {})[k] = v
     own = opt.state_dict()['param_groups']
     if [len(g['params']) for g in own]!=[len(g['params']) for g in groups]: raise ValueError('the optimiser state belongs to other networks')
+    rates = [g['lr'] for g in opt.param_groups]
     opt.load_state_dict(dict(state=state, param_groups=[{k: tuple(v) if k=='betas' else v for k,v in g.items()} for g in groups]))
+    for g,r in zip(opt.param_groups, rates):
+        if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])  # a rate inside a CUDA graph stays where it is
+        for p in g['params']:  # files know no memory format, and fused AdamW wants the weights' own
+            opt.state[p].update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k,v in opt.state[p].items() if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride()})
