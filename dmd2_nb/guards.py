@@ -46,10 +46,10 @@ def nonfinite(
     nets:dict, # Networks by name
 )->list: # Names of those with a weight that is not finite
     "Which networks are broken; one transfer for all"
-    ts = [(n, t.detach()) for n,m in nets.items() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()]
-    largest = [o.float() for o in torch._foreach_norm([t for _,t in ts], math.inf)] if ts else []
-    if not largest or math.isfinite(torch.stack(largest).sum()): return []
-    return list(dict.fromkeys(n for (n,_),v in zip(ts, torch.stack(largest).tolist()) if not math.isfinite(v)))
+    ts = {n: [t.detach() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()] for n,m in nets.items()}
+    if not any(ts.values()): return []
+    lengths = torch.stack([o.float() for o in torch._foreach_norm([t for v in ts.values() for t in v])])
+    return [] if math.isfinite(lengths.sum()) else [n for n,v in ts.items() if not all(t.isfinite().all() for t in v)]
 
 def check_weights(
     nets:dict, # Networks by name

@@ -8,6 +8,7 @@ the bare run is what the next turns of the others are compared with; the median 
 Before that, a watched run and a bare one are compared with deterministic algorithms: they must have the same weights, bit by bit."""
 import argparse, json, os, sys, tempfile, threading, time, traceback
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -38,12 +39,17 @@ def toy(device, graph):
     return dmd, None, reals(), guard.ref, 20
 
 
+@lru_cache
+def opened(name, device):
+    r = recipe(name)
+    data, _ = open_data(r)
+    return r, data, open_teacher(r, data, None, device)[0]
+
+
 def images(name, device, graph):
     "A recipe's run as `distill_job` makes it, with the GAN on from the start"
-    r = recipe(name)
+    r, data, T = opened(name, device)
     cfg = replace(r.config, gan_start=0, warmup_fake=10)
-    data, _ = open_data(r)
-    T, _ = open_teacher(r, data, None, device)
     make = DMD2
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
     dmd = make(T, *first_networks(r, T), cfg, probe=cond_to(data.conds(torch.arange(1)), device))
