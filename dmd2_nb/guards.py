@@ -9,7 +9,7 @@ __all__ = ['WATCHED', 'Alarm', 'Limits', 'nonfinite', 'check_weights', 'Guard', 
 # %% ../nbs/43_guards.ipynb #1d15e8e6
 import json, math
 from dataclasses import asdict, dataclass
-from statistics import median, stdev
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -152,7 +152,8 @@ class Guard:
         self.probes = [*self.probes, [self.dmd.step, fresh, max(seen, 1e-30)]][-20:]
         self.suspect = False
         if len(past)<2: return
-        usual = max(median(past), 0.) + max(math.log(self.limits.lag), 3*stdev(past), 2.4/len(self.given[0][:self.n])**0.5)  # few samples scatter more
+        m = median(past)
+        usual = max(m, 0.) + max(math.log(self.limits.lag), 4.4*median(abs(p-m) for p in past), 2.4/len(self.given[0][:self.n])**0.5)  # three standard deviations; few samples scatter more
         last = [math.log(f/s) for _,f,s in self.probes[-2:]]
         self.suspect = last[1]>usual
         if sum(last)>2*usual:
