@@ -72,8 +72,8 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(), # What is still healthy
-        every:int=10,    # Iterations between two looks at the log; every second one is also at weights and critic
-        n:int=128,        # Fresh samples, at most a batch
+        every:int=10,    # Iterations between two looks at the log; every second one is also at the critic, every fourth at all weights
+        n:int=128,       # Fresh samples, at most a batch; images scatter less than points and need fewer
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd,self.ref,self.limits,self.every,self.n,self.alone = dmd,ref,limits,every,n,alone
@@ -115,7 +115,7 @@ class Guard:
         self.collect()
         new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%(2*self.every)==0)
         self.finite(new)
-        if closely: self.weights()
+        if self.dmd.step%(4*self.every)==0: self.weights()
         self.brightness(new); self.discriminator(new)
         if closely: self.critic()
 

@@ -57,25 +57,28 @@ def _read(p, lines, show):
         elif show: print(line, end='', flush=True)
     p.wait()
 
+# %% ../nbs/36c_launch.ipynb #a696a85d
 def _pass_on(p, e):
     "What this process was asked, all are asked"
     if os.name!='posix': return p.terminate()
     try: os.killpg(p.pid, getattr(e, 'code', 130)-128)
     except ProcessLookupError: pass
 
+# %% ../nbs/36c_launch.ipynb #ab0bde58
 def _stopped(folder, asked):
     "How far they were when they left, as one of them told"
     told = [json.loads(o.read_text(encoding='utf-8')) for o in folder.glob('*.stopped')]
     name,text = max(told, key=lambda o: len(o[1]), default=('SIGTERM' if getattr(asked, 'code', 130)==143 else 'SIGINT', ''))
     return Stopped(name, text)
 
-# %% ../nbs/36c_launch.ipynb #a696a85d
+# %% ../nbs/36c_launch.ipynb #9ab44710
 def _stop(p):
     "End a process and its children"
     try: os.killpg(p.pid, signal.SIGKILL) if os.name=='posix' else p.kill()
     except ProcessLookupError: pass
     p.wait()
 
+# %% ../nbs/36c_launch.ipynb #e1698fba
 def _why(folder, lines):
     "One line on what stopped the processes: a rank's own error before an echo of it"
     errors = [o.read_text(encoding='utf-8') for o in sorted(folder.glob('*.err'), key=lambda o: o.stat().st_mtime)]
