@@ -72,11 +72,12 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(), # What is still healthy
-        every:int=10,    # Iterations between two looks at the log; every second one is also at the critic, every fourth at all weights
-        n:int=128,       # Fresh samples, at most a batch; images scatter less than points and need fewer
+        every:int=10,    # Iterations between two looks at the log; every fourth one is also at all weights
+        n:int=128,       # Fresh samples, at most a batch
+        apart:int=20,    # Iterations between two looks at the critic
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
-        self.dmd,self.ref,self.limits,self.every,self.n,self.alone = dmd,ref,limits,every,n,alone
+        self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
         self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given = [],[],[],0,False,None,None
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
@@ -113,7 +114,7 @@ class Guard:
     def look(self):
         "All four, the worst first"
         self.collect()
-        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%(2*self.every)==0)
+        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%self.apart==0)
         self.finite(new)
         if self.dmd.step%(4*self.every)==0: self.weights()
         self.brightness(new); self.discriminator(new)

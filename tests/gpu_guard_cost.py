@@ -59,7 +59,7 @@ def images(name, device, graph):
     return dmd, cond_batches(data, cfg.batch, cfg.seed+2, 0, device), batches(data, cfg.batch, cfg.seed+1, 0, device), (x.mean().item(), x.std().item()), r.every['log']
 
 
-def fresh(a, dmd): return 128 if a.recipe == 'toy' else min(64, max(16, dmd.cfg.batch//2))  # as in `distill_job`
+def settings(a, dmd): return {} if a.recipe == 'toy' else dict(n=min(64, max(16, dmd.cfg.batch//2)), apart=30)  # as in `distill_job`
 
 
 class Turns:
@@ -106,7 +106,7 @@ def alike(a, new, n):
     nets, guard = [], None
     for watched in (False, True):
         dmd, conds, reals, ref, _ = new()
-        guard, logs = (Guard(dmd, ref, n=fresh(a, dmd)) if watched else None), train(dmd, conds, n, reals)
+        guard, logs = (Guard(dmd, ref, **settings(a, dmd)) if watched else None), train(dmd, conds, n, reals)
         for log in guard.watch(logs) if watched else logs: pass
         nets.append(dmd)
     torch.use_deterministic_algorithms(False)
@@ -117,7 +117,7 @@ def hooks(a, new):
     "CPU time of a whole run, of its training and of its guard; the rest is log and dashboard"
     from _long_work import Clock
     (dmd, conds, reals, ref, every), n, clock = new(), a.length*a.rounds, Clock()
-    guard = Guard(dmd, ref, n=fresh(a, dmd))
+    guard = Guard(dmd, ref, **settings(a, dmd))
     call, numbers = clock.call('guard', guard.__call__), clock.call('guard', guard.numbers)
     def logs():
         for log in clock.each('train', train(dmd, conds, n, reals)): call(log); yield log
@@ -138,7 +138,7 @@ def side_by_side(a, new, cuda):
             for log in turns.logs('bare', train(dmd, conds, 10**9, reals)): pass
         def followed(kind):
             dmd, conds, reals, ref, every = runs[kind]
-            guard = Guard(dmd, ref, n=fresh(a, dmd)) if kind == 'guard' else None
+            guard = Guard(dmd, ref, **settings(a, dmd)) if kind == 'guard' else None
             logs = train(dmd, conds, 10**9, reals)
             (Path(d)/kind).mkdir()
             follow(turns.logs(kind, guard.watch(logs) if guard else logs), Run(Path(d)/kind), COLUMNS, a.length*(a.warm+a.rounds), log_every=every, show='dmd_loss fake_loss',
@@ -177,6 +177,6 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', default='.'); p.add_argument('--recipe', default='emoji32', help='emoji32, fashion16 or toy'); p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--plain', action='store_true', help='no CUDA graphs'); p.add_argument('--turns', action='store_true', help='three runs in turns on a CPU, too'); p.add_argument('--threads', type=int, default=1)
-    p.add_argument('--check', type=int, default=100, help='iterations of the comparison of weights'); p.add_argument('--rounds', type=int, default=12); p.add_argument('--length', type=int, default=40, help='iterations a turn'); p.add_argument('--warm', type=int, default=3, help='rounds that do not count')
+    p.add_argument('--check', type=int, default=140, help='iterations of the comparison of weights'); p.add_argument('--rounds', type=int, default=12); p.add_argument('--length', type=int, default=40, help='iterations a turn'); p.add_argument('--warm', type=int, default=4, help='rounds that do not count')
     a = p.parse_args()
     main(a)
