@@ -92,8 +92,14 @@ def seen(tmp_path_factory, unbroken):
         act(c)
         code, err, took = c.end()
         out[name] = dict(code=code, err=err, took=took, at=[int(p.name[5:]) for p in steps(folder/'runs'/'fashion16-1'/'state')])
-    code, err, _ = Command(folder).end()
-    return out | dict(end=dict(code=code, err=err, digest=digest(folder), left=left(folder), runs=len(list((folder/'runs').iterdir()))))
+    new, old = steps(folder/'runs'/'fashion16-1'/'state')
+    file = sorted((new/'fake').glob('*.safetensors'))[-1]
+    data = file.read_bytes()
+    file.write_bytes(data[:-9]+bytes([data[-9] ^ 4])+data[-8:])  # and the newest checkpoint has a wrong bit
+    c = Command(folder)
+    said, err = c.p.communicate(timeout=100)
+    code = c.p.returncode
+    return out | dict(damaged=dict(said=said, file=str(file.relative_to(new.parent)), old=old.name), end=dict(code=code, err=err, digest=digest(folder), left=left(folder), runs=len(list((folder/'runs').iterdir()))))
 
 
 def test_ends_in_the_same_bits(seen, unbroken):
@@ -127,6 +133,13 @@ def test_process_that_stands_still(seen):
 def test_killed_parent(seen):
     "What it started leaves as well (`end` looks for that), and saves"
     assert seen['parent']['code'] == -9 and seen['parent']['at'][0] >= 50
+
+
+def test_damaged_newest(seen):
+    "A wrong bit in a piece of one process: the file is named, the checkpoint before is taken"
+    o = seen['damaged']
+    line = next(l for l in o['said'].splitlines() if 'cannot be used' in l)
+    assert f"{o['file']} is damaged (its sum differs)" in line and f"going on from {o['old']}" in line, line
 
 
 def test_no_card_is_asked_for_before_the_fork():
