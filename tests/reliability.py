@@ -55,12 +55,23 @@ def guards():
                 for log in guard.watch(t.train(dmd, None, 50, reals(t.BEFORE))): pass
             except t.Alarm as a:
                 if a.name == want: late.setdefault(name, []).append(dmd.step-t.BEFORE)
+    phases = []  # the slowest kind of failure, planted at other iterations
+    for seed in (0, 1, 2):
+        for before in (210, 215, 221, 229, 234, 239):
+            dmd, guard, reals = t.toy_run(seed, gan_start=0)
+            for log in guard.watch(t.train(dmd, None, before, reals())): pass
+            t.stale(dmd)
+            try:
+                for log in guard.watch(t.train(dmd, None, 60, reals(before))): pass
+                phases.append(None)
+            except t.Alarm: phases.append(dmd.step-before)
     for seed in (11, 12, 13):
         dmd, guard, reals = t.toy_run(seed)
         try:
             for log in guard.watch(t.train(dmd, None, 2000, reals())): pass
         except t.Alarm as a: alarms += 1
-    return dict(late=late, planted=2*len(t.plants), named=sum(map(len, late.values())), latest=max(max(v) for v in late.values()), healthy_runs=3, healthy_iterations=2000, healthy_alarms=alarms)
+    return dict(late=late, planted=2*len(t.plants), named=sum(map(len, late.values())), latest=max(max(v) for v in late.values()), healthy_runs=3, healthy_iterations=2000, healthy_alarms=alarms,
+                stale=phases, stale_planted=len(phases), stale_in_time=sum(o is not None and o <= 50 for o in phases))
 
 
 def cost():
