@@ -232,7 +232,7 @@ def distill_job(
             row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
             return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
         facts = dict(levels=cfg.levels, classes=_classes(data), styles=data.style_names, data=r.data)
-        watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else 128, alone=not world.many)
+        watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else min(64, max(16, cfg.batch//2)), apart=30, alone=not world.many)
         watcher.load(kept.get('guard'))
         def write(step, **more):
             watcher.weights()
