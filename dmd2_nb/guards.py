@@ -36,7 +36,7 @@ class Alarm(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "What a healthy run stays within"
-    mean:float=1.    # Mean of the samples may differ from the data's by so many of the data's standard deviations
+    mean:float=1.    # Mean of the samples may move away from the data's by so many of the data's standard deviations
     std:float=2.     # Standard deviation of the samples, in the data's
     d_loss:float=0.3 # Discriminator loss as a part of 2 log 2, that of guessing; below, it knows and teaches nothing
     lag:float=1.25   # Critic's error on fresh samples, in that on the samples it has just learnt from
@@ -78,7 +78,7 @@ class Guard:
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
-        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given = [],[],[],0,False,None,None
+        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given,self.start = [],[],[],0,False,None,None,0.
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
     def note(self, step):
@@ -136,7 +136,8 @@ class Guard:
         if m is None: return
         if self.ref is None: self.ref = (m, s)
         (m0,s0),l = self.ref,self.limits
-        if abs(m-m0)>l.mean*s0 or s>l.std*s0:
+        if not self.dmd.g_updates: self.start = max(self.start, abs(m-m0))  # what a copy of the teacher draws is where the run begins
+        elif abs(m-m0)>l.mean*s0+self.start or s>l.std*s0:
             raise Alarm('brightness', self.dmd.step, f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and {s0:.3g}; try a lower lr_g or a higher ttur')
 
     def discriminator(self, new):
@@ -185,7 +186,7 @@ class Guard:
     def state(self)->dict:
         "JSON-able, so that a resumed run is watched like an unbroken one"
         self.collect()
-        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref)
+        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref, start=self.start)
     def load(self, state:dict):
         "Go on from `state()`"
         for k,v in (state or {}).items(): setattr(self, k, v)
