@@ -273,9 +273,16 @@ def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and set
         state.setdefault(int(i), {})[k] = v
     own = opt.state_dict()['param_groups']
     if [len(g['params']) for g in own]!=[len(g['params']) for g in groups]: raise ValueError('the optimiser state belongs to other networks')
-    rates = [g['lr'] for g in opt.param_groups]
+    rates,places = [g['lr'] for g in opt.param_groups],{p: dict(s) for p,s in opt.state.items()}
     opt.load_state_dict(dict(state=state, param_groups=[{k: tuple(v) if k=='betas' else v for k,v in g.items()} for g in groups]))
     for g,r in zip(opt.param_groups, rates):
-        if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])  # a rate inside a CUDA graph stays where it is
-        for p in g['params']:  # files know no memory format, and fused AdamW wants the weights' own
-            opt.state[p].update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k,v in opt.state[p].items() if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride()})
+        if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])
+        for p in g['params']: _settle(opt.state[p], places.get(p, {}), p)
+
+def _settle(state, old, p):
+    "Loaded numbers go where the old ones were: a recorded CUDA graph knows no other place. New ones get the memory format of the weight, as fused AdamW wants"
+    for k,v in state.items():
+        if not isinstance(v, Tensor): continue
+        if isinstance(o := old.get(k), Tensor) and o.shape==v.shape: state[k] = o.copy_(v)
+        elif v.shape==p.shape and v.stride()!=p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+    state.update({k: o.zero_() for k,o in old.items() if k not in state and isinstance(o, Tensor)})  # saved before the first update: all zero
