@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'naming', 'making', 'one_move', 'fsync', 'write_text', 'save_folder', 'recover', 'Damaged',
-           'read_tensors', 'load_folder', 'shard_index', 'read_shards', 'steps', 'newest', 'save_step', 'load_last',
-           'load_into', 'check_fit', 'optim_tensors', 'load_optim']
+           'read_tensors', 'load_folder', 'read_state', 'check_sums', 'shard_index', 'read_shards', 'steps', 'newest',
+           'save_step', 'load_last', 'load_into', 'check_fit', 'optim_tensors', 'load_optim']
 
 # %% ../nbs/14a_checkpoint.ipynb #2a5a4830
 import hashlib, json, math, os, re, shutil, warnings
@@ -146,17 +146,33 @@ def load_folder(folder): # `(tensors, state)` as given to `save_folder`
     folder = Path(folder)
     if not (folder/'state.json').is_file(): recover(folder)
     if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint')
-    try: state = json.loads((folder/'state.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise Damaged(f'{folder/"state.json"} is damaged ({e})') from None
+    state,sums = read_state(folder)
+    check_sums(folder, sums)
+    parts = {f.stem: read_tensors(f)[0] for f in sorted(folder.glob('*.safetensors'))}
+    return parts | {d.name: read_shards(d.glob('*.safetensors')) for d in sorted(folder.iterdir()) if d.is_dir()}, state
+
+# %% ../nbs/14a_checkpoint.ipynb #1540cddf
+def read_state(folder): # `(state, sums of the other files)`
+    "What `state.json` says, as it was written"
+    file = Path(folder)/'state.json'
+    try: state = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise Damaged(f'{file} is damaged ({e})') from None
     sums = state.pop('sha256', {})
     own = sums.pop('state.json', None)
-    if own and own!=json.loads(_signed(state, sums))['sha256']['state.json']: raise Damaged(f'{folder/"state.json"} is damaged (its sum differs)')
-    for n in sums:
-        if Path(n).name!=n or not (folder/n).is_file(): raise FileNotFoundError(f'{folder/Path(n).name} is missing')
-    parts = {f.stem: read_tensors(f)[0] for f in sorted(folder.glob('*.safetensors'))}
-    for n,v in sums.items():
-        if _digest(folder/n)!=v: raise Damaged(f'{folder/n} is damaged (its sum differs)')
-    return parts | {d.name: read_shards(d.glob('*.safetensors')) for d in sorted(folder.iterdir()) if d.is_dir()}, state
+    if own and own!=json.loads(_signed(state, sums))['sha256']['state.json']: raise Damaged(f'{file} is damaged (its sum differs)')
+    return state, sums
+
+def check_sums(
+    folder,    # Of a checkpoint
+    sums:dict, # Name of a file, or PART/NAME -> its sha256
+    part=0,    # Of several processes each looks at some of them: this one
+    of=1,      # of so many
+):
+    "Every file as it was written"
+    for n,v in sorted(sums.items())[part::of]:
+        file = folder/n if re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', n) else folder/Path(n).name
+        if file!=folder/n or not file.is_file(): raise FileNotFoundError(f'{file} is missing')
+        if _digest(file)!=v: raise Damaged(f'{file} is damaged (its sum differs)')
 
 # %% ../nbs/14a_checkpoint.ipynb #cf5c7d0b
 def shard_index(
