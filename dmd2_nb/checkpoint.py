@@ -279,6 +279,7 @@ def optim_tensors(opt): # `(tensors, groups)`
     return ({f'{i}.{k}': torch.as_tensor(v) for i,s in sd['state'].items() for k,v in s.items()},
             [{k: list(v) if isinstance(v, tuple) else v.item() if isinstance(v, Tensor) else v for k,v in g.items()} for g in sd['param_groups']])
 
+# %% ../nbs/14a_checkpoint.ipynb #ac78c47c
 def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and settings as `optim_tensors` gave them
     "Put back what `optim_tensors` took"
     state = {}
