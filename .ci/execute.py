@@ -104,7 +104,7 @@ def execute(path, flags='', timeout=600):
 
 
 # A picture that stands elsewhere too: notebook -> words in the cell that draws it, and the name of its file
-kept = {'index': ('clouds.items()', 'index.png'), '14_distill': ('draw_turn(g,', 'turns.png')}
+kept = {'index': ('clouds.items()', 'index.png'), '14_distill': ('draw_turn(g,', 'turns.png'), '26_emoji_dmd2': ('# as in the README', 'emoji.png')}
 
 
 def keep_picture(nb, words, name, folder):

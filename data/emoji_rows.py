@@ -12,12 +12,14 @@ from dmd2_nb.noise import add_noise, karras_sigmas
 from dmd2_nb.recipes import FOUR_STEPS, config_changes
 from dmd2_nb.weights import build_denoiser
 
+BASE = dict(levels=2.5, ttur=2, batch=128, lr_g=3e-4, lr_fake=6e-4, lr_head=1e-3, gan_g=0.03, gan_d=0.1, gan_start=150, warmup_fake=150, ema_halflife=100.,
+            dm_bins=(20, 980), fake_bins=(0, 999), gan_bins=(0, 999), betas_g=(0., 0.99), betas_fake=(0., 0.99))  # what all rows share, whatever the recipe is now
 NOGAN = dict(gan_g=0, gan_d=0)
 ONLY = dict(w_dm=0, gan_start=0, warmup_fake=300)
 FOUR = dict(levels=FOUR_STEPS)
 
 ROWS = {
-    'one': {},                                                # the recipe: ratio 2 and the GAN
+    'one': {},                                                # ratio 2 and the GAN
     'regression': dict(NOGAN, ttur=1, w_reg=1.),              # DMD
     'ratio1': dict(NOGAN, ttur=1),
     'ratio1_slow': dict(NOGAN, ttur=1, lr_g=1e-4, lr_fake=2e-4),
@@ -46,7 +48,7 @@ def parse(text):
     "Row name, seed, changes to the config, what else the row says"
     name,_,more = text.partition(':')
     base,_,seed = name.partition('@')
-    own = dict(ROWS.get(base, {}))
+    own = BASE | ROWS.get(base, {})
     if base not in ROWS and not more: raise ValueError(f"'{base}' is none of {', '.join(ROWS)}: give NAME:FIELD=VALUE,...")
     own |= {k: v for k,_,v in (o.partition('=') for o in more.split(',') if o)}
     known = {f.name for f in fields(DMD2Config)}

@@ -3,7 +3,7 @@
     python data/make_emoji_ablation.py --teacher emoji32_teacher.safetensors --out DIR --seconds 60 one ratio5@1 'mine:lr_g=3e-4,levels=2.5'
     python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
-A row is a name of emoji_rows.ROWS, or NAME:FIELD=VALUE,... on top of the recipe; NAME@SEED gives another seed; seconds=, decay= (share of
+A row is a name of emoji_rows.ROWS, or NAME:FIELD=VALUE,... on top of what they share; NAME@SEED gives another seed; seconds=, decay= (share of
 the time over which the rates fall to nothing), wall= (seconds by the clock on the wall in the place of the row's own) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
 final figures), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights: the average, and what a later run
 can begin from (NAME_generator, NAME_fake, NAME_head).
@@ -128,7 +128,7 @@ class Bench:
     def strip(self, dmd): return draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.kinds, 3, device=self.device)
 
     def facts(self, text):
-        "What a row is: changes to the recipe, card, rows that share it"
+        "What a row is: its settings, card, rows that share it"
         name,seed,changes,extra = parse(text)
         card = torch.cuda.get_device_name() if self.device.type=='cuda' else 'cpu'
         return dict(settings=dict(config=asdict(replace(self.r.config, seed=seed, **changes)), more=extra), card=card, together=self.a.together, n=[self.a.n, self.a.final])

@@ -1,10 +1,13 @@
 """Healthy runs that `health` learns its bands from, and one that is not, as runs/good/*.csv and runs/sick_toy.csv.
 
     python data/make_health_runs.py --out data/runs [--toy | --fashion] [--workers 4]
+    python data/make_health_runs.py --add emoji32 runs/emoji32-1 other/log.csv data/runs/emoji32_sweep.csv:p1   # logs that are there already
+    python data/make_health_runs.py --check                                                                     # each log, judged by the others of its recipe
 
 Toy runs: the ring, 2,000 iterations with the GAN on, watched by a `Guard` that must not raise an alarm. fashion16: the bundled recipe
-under other seeds. The sick run is a toy run whose learning rates are ten times the recipe's, unwatched."""
-import argparse, json, os, shutil, sys, tempfile, time
+under other seeds. A log that is added is a run's folder, its log.csv, or FILE:ROW of a table of several runs; it counts from then on, and the
+check that follows tells whether the others of its recipe agree. Columns that `health` does not use are left out. The sick run is a toy run whose learning rates are ten times the recipe's, unwatched."""
+import argparse, csv, json, os, shutil, sys, tempfile, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -19,10 +22,11 @@ from dmd2_nb.core import rng
 from dmd2_nb.denoiser import EDMPrecond, dsm_loss
 from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.guards import Guard
+from dmd2_nb.health import bands, good_logs, health, kind_of, signals
 from dmd2_nb.jobs import COLUMNS, distill_job
 from dmd2_nb.nets import ToyNet
 from dmd2_nb.recipes import recipe
-from dmd2_nb.runs import Run, follow
+from dmd2_nb.runs import CsvLog, Run, follow, read_log
 from dmd2_nb.toy import ring
 from dmd2_nb.train import train
 
@@ -74,11 +78,43 @@ def fashion_job(out, seed, name):
     return name
 
 
+USED = ('dmd_loss', 'gan_d_loss', 'grad_dm', 'grad_gan', 'grad_cos', 'x_mean', 'x_std', 'critic_lag', 'ema_dist')
+
+
+def add(out, kind, source):
+    "One more good run: `good/KIND_NAME.csv`"
+    file, _, row = str(source).partition(':')
+    path = Path(file)/'log.csv' if Path(file).is_dir() else Path(file)
+    if row:
+        with open(path, newline='', encoding='utf-8') as f: rows = [{k: float(v) for k, v in o.items() if v and k != 'run'} for o in csv.DictReader(f) if o['run'] == row]
+    else: rows = read_log(path)
+    if len(rows) < 20 or len(signals(rows)) < 3: raise SystemExit(f'{source}: {len(rows)} rows with {len(signals(rows))} signals are too few')
+    name = row or next(str(i) for i in count(1) if not (Path(out)/'good'/f'{kind}_{i}.csv').exists())
+    file = Path(out)/'good'/f'{kind}_{name}.csv'
+    file.unlink(missing_ok=True)
+    log = CsvLog(file, ('step', *(k for k in USED if any(k in o for o in rows))))
+    for o in rows: log.add(o)
+    print(f'{source} is {file}')
+
+
+def check():
+    "Each stored log beside the others of its recipe"
+    for name in good_logs():
+        others = [rows for n, rows in good_logs(kind_of(name)).items() if n != name]
+        h = health(good_logs()[name], bands(others)) if others else ()
+        off = [f'{s.name} {s.value:.3g}, others {s.low:.3g} to {s.high:.3g}' for s in h if not s.ok]
+        print(f"{name:20} {len(others)} others: {'; '.join(off) or ('healthy' if others else 'nothing to compare with')}")
+
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', default='data/runs'); p.add_argument('--workers', type=int, default=1)
     p.add_argument('--toy', action='store_true'); p.add_argument('--fashion', action='store_true')
+    p.add_argument('--add', nargs='+', metavar='WORD', help='a recipe, then logs'); p.add_argument('--check', action='store_true')
     a = p.parse_args()
+    if a.add:
+        for source in a.add[1:]: add(a.out, a.add[0], source)
+    if a.add or a.check: check(); raise SystemExit
     both, out = not (a.toy or a.fashion), Path(a.out)
     (out/'good').mkdir(parents=True, exist_ok=True)
     jobs = []

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .fused import fusable, halve, norm_silu, residual
+from .fused import double, fusable, halve, norm_silu, residual
 
 # %% ../nbs/21_blocks.ipynb #c1ecf818
 def _draw(shape, law, fan_in, fan_out):
@@ -42,7 +42,7 @@ class GroupNorm(nn.Module):
     def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
     def silu(self, x, scale=None, shift=None, pre=None, act=True):
-        "Norm of `x + pre`, scale and shift (each (b, c)), SiLU, in one go"
+        "Norm of `x + pre`, scale and shift, SiLU, in one go; each (b, c), `pre` also (c,)"
         return norm_silu(x, self.weight, self.bias, self.groups, self.eps, pre, act, scale, shift)
 
 # %% ../nbs/21_blocks.ipynb #009e3f35
@@ -66,7 +66,7 @@ class Conv(nn.Module):
         self.register_buffer('resample_filter', (f.outer(f)/f.sum()**2)[None,None] if up or down else None)
 
     def resample(self, x, pad):
-        if self.plain: return F.interpolate(x, scale_factor=2., mode='nearest') if self.up else halve(x)
+        if self.plain: return double(x) if self.up else halve(x)
         c = x.shape[1]
         f = self.resample_filter.to(x.dtype).expand(c, -1, -1, -1)
         return F.conv_transpose2d(x, 4*f, stride=2, padding=pad, groups=c) if self.up else F.conv2d(x, f, stride=2, padding=pad, groups=c)
@@ -79,9 +79,9 @@ class Conv(nn.Module):
         if self.up or self.down: x = self.resample(x, self.pad)
         return self.conv(x, self.kernel//2, bias) if self.kernel else x
 
-    def pixelwise(self, x):
+    def pixelwise(self, x, bias=True): # Without `bias` the caller adds it
         "A 1x1 convolution of rows (b, pixels, c)"
-        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype) if bias else None)
 
 # %% ../nbs/21_blocks.ipynb #c66b4aa7
 class Positional(nn.Module):
@@ -130,21 +130,21 @@ class Block(nn.Module):
         if heads:
             self.norm2,self.qkv,self.proj = GroupNorm(cout, eps),Conv(cout, 3*cout, 1, **init_attn),Conv(cout, cout, 1, **init_zero)
 
-    def attend(self, x):
-        "Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is copied"
+    def attend(self, x, bias=True): # Without `bias` the caller adds that of the last projection
+        "Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is copied, and gradients of q, k, v are joined once"
         b,c,h,w = x.shape
         rows = lambda t: t.permute(0, 2, 3, 1).reshape(b, h*w, -1)
         d = c//self.heads
-        W,bias = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
+        W,offset = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
                   for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))  # stored: heads, depth, q k v; used: q k v, heads, depth
-        q,k,v = F.linear(rows(self.norm2.silu(x, act=False)), W, bias[:,0]).reshape(b, h*w, 3, self.heads, d).permute(2, 0, 3, 1, 4).unbind()
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h*w, c)
-        return self.proj.pixelwise(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        q,k,v = F.linear(rows(self.norm2.silu(x, act=False)), W, offset[:,0]).reshape(b, h*w, 3, self.heads, d).unbind(2)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).reshape(b, h*w, c)
+        return self.proj.pixelwise(y, bias).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
     def forward(self, x, e):
         p,fast = self.affine(e),fusable(x)
         h = self.conv0(self.norm0.silu(x), bias=not fast)
-        pre = self.conv0.bias.expand(len(x), -1) if fast else None  # the convolution's bias, left to the norm
+        pre = self.conv0.bias if fast else None  # the convolution's bias, left to the norm
         if self.adaptive: h = self.norm1.silu(h, *p.chunk(2, 1), pre)
         else: h = self.norm1.silu(h, pre=p if pre is None else p+pre)
         h = F.dropout(h, self.dropout, self.training)
@@ -154,5 +154,5 @@ class Block(nn.Module):
         else: x = self.conv1(h) + (x if self.skip is None else self.skip(x))
         if self.skip_scale!=1: x = x*self.skip_scale
         if not self.heads: return x
-        x = x + self.attend(x)
+        x = residual(x, self.attend(x, bias=False), self.proj.bias) if fast else x + self.attend(x)
         return x*self.skip_scale if self.skip_scale!=1 else x

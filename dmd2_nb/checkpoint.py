@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'naming', 'making', 'one_move', 'fsync', 'write_text', 'save_folder', 'recover', 'Damaged',
-           'read_tensors', 'load_folder', 'shard_index', 'read_shards', 'steps', 'newest', 'save_step', 'load_last',
-           'load_into', 'check_fit', 'optim_tensors', 'load_optim']
+           'read_tensors', 'load_folder', 'read_state', 'check_sums', 'shard_index', 'read_shards', 'steps', 'newest',
+           'save_step', 'load_last', 'load_into', 'check_fit', 'optim_tensors', 'load_optim']
 
 # %% ../nbs/14a_checkpoint.ipynb #2a5a4830
 import hashlib, json, math, os, re, shutil, warnings
@@ -146,17 +146,33 @@ def load_folder(folder): # `(tensors, state)` as given to `save_folder`
     folder = Path(folder)
     if not (folder/'state.json').is_file(): recover(folder)
     if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint')
-    try: state = json.loads((folder/'state.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise Damaged(f'{folder/"state.json"} is damaged ({e})') from None
+    state,sums = read_state(folder)
+    check_sums(folder, sums)
+    parts = {f.stem: read_tensors(f)[0] for f in sorted(folder.glob('*.safetensors'))}
+    return parts | {d.name: read_shards(d.glob('*.safetensors')) for d in sorted(folder.iterdir()) if d.is_dir()}, state
+
+# %% ../nbs/14a_checkpoint.ipynb #1540cddf
+def read_state(folder): # `(state, sums of the other files)`
+    "What `state.json` says, as it was written"
+    file = Path(folder)/'state.json'
+    try: state = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise Damaged(f'{file} is damaged ({e})') from None
     sums = state.pop('sha256', {})
     own = sums.pop('state.json', None)
-    if own and own!=json.loads(_signed(state, sums))['sha256']['state.json']: raise Damaged(f'{folder/"state.json"} is damaged (its sum differs)')
-    for n in sums:
-        if Path(n).name!=n or not (folder/n).is_file(): raise FileNotFoundError(f'{folder/Path(n).name} is missing')
-    parts = {f.stem: read_tensors(f)[0] for f in sorted(folder.glob('*.safetensors'))}
-    for n,v in sums.items():
-        if _digest(folder/n)!=v: raise Damaged(f'{folder/n} is damaged (its sum differs)')
-    return parts | {d.name: read_shards(d.glob('*.safetensors')) for d in sorted(folder.iterdir()) if d.is_dir()}, state
+    if own and own!=json.loads(_signed(state, sums))['sha256']['state.json']: raise Damaged(f'{file} is damaged (its sum differs)')
+    return state, sums
+
+def check_sums(
+    folder,    # Of a checkpoint
+    sums:dict, # Name of a file, or PART/NAME -> its sha256
+    part=0,    # Of several processes each looks at some of them: this one
+    of=1,      # of so many
+):
+    "Every file as it was written"
+    for n,v in sorted(sums.items())[part::of]:
+        file = folder/n if re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', n) else folder/Path(n).name
+        if file!=folder/n or not file.is_file(): raise FileNotFoundError(f'{file} is missing')
+        if _digest(file)!=v: raise Damaged(f'{file} is damaged (its sum differs)')
 
 # %% ../nbs/14a_checkpoint.ipynb #cf5c7d0b
 def shard_index(
@@ -192,8 +208,7 @@ def steps(
     root, # Folder of a run's checkpoints
 )->list: # Folders `step-N`, the newest first
     "The checkpoints that a run has left"
-    root = Path(root)
-    if not root.is_dir(): return []
+    if not (root := Path(root)).is_dir(): return []
     for p in root.glob('step-*.old'): recover(p.with_suffix(''))
     return sorted((p for p in root.iterdir() if re.fullmatch(r'step-\d+', p.name) and p.is_dir()), key=_step, reverse=True)
 
@@ -203,8 +218,7 @@ def newest(
     folder, # A checkpoint, or a folder of them
 ): # The checkpoint to begin with, or None
     "The folder itself if it is a checkpoint, else the last of its steps"
-    folder = Path(folder)
-    if not folder.exists(): recover(folder)
+    if not (folder := Path(folder)).exists(): recover(folder)
     return next(iter([folder] if (folder/'state.json').is_file() else steps(folder)), None)
 
 # %% ../nbs/14a_checkpoint.ipynb #2ef7e02a
@@ -265,17 +279,21 @@ def optim_tensors(opt): # `(tensors, groups)`
     return ({f'{i}.{k}': torch.as_tensor(v) for i,s in sd['state'].items() for k,v in s.items()},
             [{k: list(v) if isinstance(v, tuple) else v.item() if isinstance(v, Tensor) else v for k,v in g.items()} for g in sd['param_groups']])
 
+# %% ../nbs/14a_checkpoint.ipynb #ac78c47c
 def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and settings as `optim_tensors` gave them
     "Put back what `optim_tensors` took"
     state = {}
-    for name,v in tensors.items():
-        i,k = name.split('.', 1)
-        state.setdefault(int(i), {})[k] = v
-    own = opt.state_dict()['param_groups']
-    if [len(g['params']) for g in own]!=[len(g['params']) for g in groups]: raise ValueError('the optimiser state belongs to other networks')
-    rates = [g['lr'] for g in opt.param_groups]
+    for (i,_,k),v in ((n.partition('.'), v) for n,v in tensors.items()): state.setdefault(int(i), {})[k] = v
+    if [len(g['params']) for g in opt.param_groups]!=[len(g['params']) for g in groups]: raise ValueError('the optimiser state belongs to other networks')
+    rates,places = [g['lr'] for g in opt.param_groups],{p: dict(s) for p,s in opt.state.items()}
     opt.load_state_dict(dict(state=state, param_groups=[{k: tuple(v) if k=='betas' else v for k,v in g.items()} for g in groups]))
     for g,r in zip(opt.param_groups, rates):
-        if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])  # a rate inside a CUDA graph stays where it is
-        for p in g['params']:  # files know no memory format, and fused AdamW wants the weights' own
-            opt.state[p].update({k: torch.empty_like(p, dtype=v.dtype).copy_(v) for k,v in opt.state[p].items() if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride()})
+        if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])
+        for p in g['params']: _settle(opt.state[p], places.get(p, {}), p)
+
+def _settle(state, old, p):
+    "Loaded numbers go where the old ones were: a recorded CUDA graph knows no other place. New ones get the memory format of the weight, as fused AdamW wants"
+    for k,v in [kv for kv in state.items() if isinstance(kv[1], Tensor)]:
+        if isinstance(o := old.get(k), Tensor) and o.shape==v.shape: state[k] = o.copy_(v)
+        elif v.shape==p.shape and v.stride()!=p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+    state.update({k: o.zero_() for k,o in old.items() if k not in state and isinstance(o, Tensor)})  # saved before the first update: all zero

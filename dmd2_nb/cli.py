@@ -28,10 +28,11 @@ def command(name): # Its name in a shell
                 with Signals(at_once=True): f(sys.argv[1:] if argv is None else list(argv))
                 return 0
             except KeyboardInterrupt as e:
-                print(f'\n{name}: {str(e) or "stopped"}; the same command goes on from the last checkpoint', file=sys.stderr)
+                if 'DMD2_NB_LAUNCHED' in os.environ: raise  # one of several, which have one voice
+                if os.environ.get('RANK', '0')=='0': print(f'\n{name}: {str(e) or "stopped"}; the same command goes on from the last checkpoint', file=sys.stderr)
                 return getattr(e, 'code', 130)
             except Exception as e:
-                if os.environ.get('DMD2_NB_DEBUG') or not (isinstance(e, (ValueError, TypeError, OSError, ImportError)) or type(e).__name__=='SafetensorError'): raise
+                if {'DMD2_NB_DEBUG', 'DMD2_NB_LAUNCHED'} & {*os.environ} or not (isinstance(e, (ValueError, TypeError, OSError, ImportError)) or type(e).__name__=='SafetensorError'): raise
                 print(f'\r{name}: {" ".join((str(e) or type(e).__name__).split())}', file=sys.stderr)
                 return 2
         return COMMANDS.setdefault(name.removeprefix('dmd2_'), main)
@@ -187,8 +188,11 @@ def distill_main(argv): # Words of the command line
     p.add_argument('--keep-state', action='store_true', help='keep the checkpoint of the finished run')
     p.add_argument('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
     p.add_argument('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
-    p.add_argument('--accum', type=int, default=1, help='pieces that each process cuts its share of a batch into')
+    p.add_argument('--accum', type=int, default=1, help='pieces that each process cuts its share of a batch into'); p.add_argument('--nproc', type=int, default=1, help='processes of this machine that share each batch')
+    p.add_argument('--silence', type=float, default=300., help='of several processes: seconds without a sign of life from one until the run ends; 0 for no limit')
     a = p.parse_args(argv)
+    _at_least(1, nproc=a.nproc); _at_least(0, silence=a.silence)
+    if a.nproc>1 and 'RANK' not in os.environ: from dmd2_nb.launch import launch_command; return launch_command('dmd2_nb.cli', 'distill_main', a.nproc, argv)
     from dmd2_nb.jobs import distill_job
     from dmd2_nb.parallel import setup
     from dmd2_nb.recipes import config_changes, config_levels, with_reference
@@ -196,7 +200,7 @@ def distill_main(argv): # Words of the command line
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
     if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
     r = with_reference(_recipe(a), a.reference)
-    with setup(a.device, timeout=7200) as world:  # the others wait while the first process evaluates
+    with setup(a.device, 7200, a.silence) as world:  # the others wait while the first process evaluates
         run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
                           keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, guard=a.guard, **changes)
         if world.main: _report(run, 'generator.safetensors')

@@ -79,6 +79,7 @@ toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_he
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
+    rate = staticmethod(lambda step: 1.) # Factor of all learning rates at an iteration, for runs that end by letting them fall
     def __init__(self,
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface
@@ -259,7 +260,7 @@ class DMD2:
 
     def _ramp(self, opt):
         "Learning rates of this iteration"
-        ramp = min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.
+        ramp = (min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.)*self.rate(self.step)
         for g in opt.param_groups:
             if isinstance(g['lr'], Tensor): g['lr'].fill_(g['base_lr']*ramp)
             else: g['lr'] = g['base_lr']*ramp

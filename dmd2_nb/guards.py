@@ -9,7 +9,7 @@ __all__ = ['WATCHED', 'Alarm', 'Limits', 'nonfinite', 'check_weights', 'Guard', 
 # %% ../nbs/43_guards.ipynb #1d15e8e6
 import json, math
 from dataclasses import asdict, dataclass
-from statistics import median, stdev
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Alarm(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     "What a healthy run stays within"
-    mean:float=1.    # Mean of the samples may differ from the data's by so many of the data's standard deviations
+    mean:float=1.    # Mean of the samples may move away from the data's by so many of the data's standard deviations
     std:float=2.     # Standard deviation of the samples, in the data's
     d_loss:float=0.3 # Discriminator loss as a part of 2 log 2, that of guessing; below, it knows and teaches nothing
     lag:float=1.25   # Critic's error on fresh samples, in that on the samples it has just learnt from
@@ -46,10 +46,10 @@ def nonfinite(
     nets:dict, # Networks by name
 )->list: # Names of those with a weight that is not finite
     "Which networks are broken; one transfer for all"
-    ts = [(n, t.detach()) for n,m in nets.items() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()]
-    largest = [o.float() for o in torch._foreach_norm([t for _,t in ts], math.inf)] if ts else []
-    if not largest or math.isfinite(torch.stack(largest).sum()): return []
-    return list(dict.fromkeys(n for (n,_),v in zip(ts, torch.stack(largest).tolist()) if not math.isfinite(v)))
+    ts = {n: [t.detach() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()] for n,m in nets.items()}
+    if not any(ts.values()): return []
+    lengths = torch.stack([o.float() for o in torch._foreach_norm([t for v in ts.values() for t in v])])
+    return [] if math.isfinite(lengths.sum()) else [n for n,v in ts.items() if not all(t.isfinite().all() for t in v)]
 
 def check_weights(
     nets:dict, # Networks by name
@@ -72,12 +72,13 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(), # What is still healthy
-        every:int=10,    # Iterations between two looks at the log; every second one is also at weights and critic
-        n:int=128,        # Fresh samples, at most a batch
+        every:int=10,    # Iterations between two looks at the log; every fourth one is also at all weights
+        n:int=128,       # Fresh samples, at most a batch
+        apart:int=20,    # Iterations between two looks at the critic
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
-        self.dmd,self.ref,self.limits,self.every,self.n,self.alone = dmd,ref,limits,every,n,alone
-        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given = [],[],[],0,False,None,None
+        self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
+        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given,self.start = [],[],[],0,False,None,None,0.
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
     def note(self, step):
@@ -113,9 +114,9 @@ class Guard:
     def look(self):
         "All four, the worst first"
         self.collect()
-        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%(2*self.every)==0)
+        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%self.apart==0)
         self.finite(new)
-        if closely: self.weights()
+        if self.dmd.step%(4*self.every)==0: self.weights()
         self.brightness(new); self.discriminator(new)
         if closely: self.critic()
 
@@ -135,7 +136,8 @@ class Guard:
         if m is None: return
         if self.ref is None: self.ref = (m, s)
         (m0,s0),l = self.ref,self.limits
-        if abs(m-m0)>l.mean*s0 or s>l.std*s0:
+        if not self.dmd.g_updates: self.start = max(self.start, abs(m-m0))  # what a copy of the teacher draws is where the run begins
+        elif abs(m-m0)>l.mean*s0+self.start or s>l.std*s0:
             raise Alarm('brightness', self.dmd.step, f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and {s0:.3g}; try a lower lr_g or a higher ttur')
 
     def discriminator(self, new):
@@ -152,7 +154,8 @@ class Guard:
         self.probes = [*self.probes, [self.dmd.step, fresh, max(seen, 1e-30)]][-20:]
         self.suspect = False
         if len(past)<2: return
-        usual = max(median(past), 0.) + max(math.log(self.limits.lag), 3*stdev(past), 2.4/len(self.given[0][:self.n])**0.5)  # few samples scatter more
+        m = median(past)
+        usual = max(m, 0.) + max(math.log(self.limits.lag), 4.4*median(abs(p-m) for p in past), 2.4/len(self.given[0][:self.n])**0.5)  # three standard deviations; few samples scatter more
         last = [math.log(f/s) for _,f,s in self.probes[-2:]]
         self.suspect = last[1]>usual
         if sum(last)>2*usual:
@@ -183,7 +186,7 @@ class Guard:
     def state(self)->dict:
         "JSON-able, so that a resumed run is watched like an unbroken one"
         self.collect()
-        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref)
+        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref, start=self.start)
     def load(self, state:dict):
         "Go on from `state()`"
         for k,v in (state or {}).items(): setattr(self, k, v)

@@ -215,6 +215,7 @@ def distill_job(
     if graph: from dmd2_nb.graphs import GraphedDMD2 as make
     if world.many or accum>1: make,shared = ParallelDMD2,dict(world=world if world.many else World(device=device), accum=accum)
     dmd = make(T, *first_networks(r, T, begin), cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
+    if r.decay: dmd.rate = falling_rate(1., iters, r.decay, 0.01)
     if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
     config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {})
@@ -231,7 +232,7 @@ def distill_job(
             row = judge(draw(sampler(), data.shape, watch, 1, device=device), fast=True)
             return row | {f'raw_{k}': v for k,v in judge(draw(sampler(dmd.G), data.shape, watch, 1, device=device), fast=True).items()}
         facts = dict(levels=cfg.levels, classes=_classes(data), styles=data.style_names, data=r.data)
-        watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else 128, alone=not world.many)
+        watcher = Guard(dmd, ((x := to_float(data.images[:2000])).mean().item(), x.std().item()), n=cfg.batch if compile else min(64, max(16, cfg.batch//2)), apart=30, alone=not world.many)
         watcher.load(kept.get('guard'))
         def write(step, **more):
             watcher.weights()

@@ -56,24 +56,24 @@ def read_log(
 # %% ../nbs/19a_logs.ipynb #44c3ace3
 class Means:
     "Collects dicts of tensors, and gives the mean of each entry with one transfer"
-    def __init__(self, state=()): self.sums = {tuple(names): (torch.tensor(s), n) for names,s,n in state} # From `state` of an earlier one
+    def __init__(self, state=()): self.rows,self.sums = [],{k: (v, n) for k,v,n in state} # From `state` of an earlier one
 
     def state(self)->list:
         "What has been collected, JSON-able: `Means(state)` goes on from it, digit for digit"
-        return [[list(names), s.tolist(), n] for names,(s,n) in self.sums.items()]
+        self._fetch()
+        return [[k, v, n] for k,(v,n) in self.sums.items()]
 
-    def add(self, log:dict):
-        names = tuple(k for k,v in log.items() if isinstance(v, Tensor) and v.numel()==1)
-        if not names: return
-        v = torch.stack([log[k].detach().reshape(()).float() for k in names])  # one row for each kind of iteration
-        s,n = self.sums.get(names, (0., 0))
-        self.sums[names] = (s.to(v.device) if n else 0.)+v, n+1
+    def add(self, log:dict): self.rows.append({k: v for k,v in log.items() if isinstance(v, Tensor) and v.numel()==1})
+
+    def _fetch(self):
+        values = [v.detach().reshape(()).float() for row in self.rows for v in row.values()]
+        values = iter(torch.stack(values).tolist() if values else ())
+        for row in self.rows:
+            for k in row: v,n = self.sums.get(k, (0., 0)); self.sums[k] = v+next(values), n+1
+        self.rows = []
 
     def take(self)->dict: # name -> float
         "Means since the last call"
-        if not self.sums: return {}
-        values,res = iter(torch.cat([s for s,_ in self.sums.values()]).tolist()),{}
-        for names,(_,n) in self.sums.items():
-            for k in names: s,m = res.get(k, (0., 0)); res[k] = s+next(values), m+n
-        self.sums = {}
-        return {k: s/m for k,(s,m) in res.items()}
+        self._fetch()
+        res,self.sums = {k: v/n for k,(v,n) in self.sums.items()},{}
+        return res

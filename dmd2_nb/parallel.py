@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from .core import default_device
+from .signals import Pulse
 
 # %% ../nbs/36_parallel.ipynb #b3ff95a3
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class World:
 def setup(
     device=None,         # 'cpu' or 'cuda'; `default_device()` when absent
     timeout:float=600.,  # Seconds that a process waits for the others before it gives up
+    silence:float=300.,  # Seconds without a sign of life from another process until the run ends, see `Pulse`; 0 for no limit
 ): # Context that gives a `World`
     "Join the run that torchrun started; without torchrun, a run of one process"
     names,device = ('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT'),torch.device(device or default_device())
@@ -64,11 +66,13 @@ def setup(
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.type=='cuda' else 'gloo', timeout=timedelta(seconds=timeout), rank=rank, world_size=size)
-    try: yield World(rank, size, device)
-    except Exception as e:  # the group is left as it is: taking it down would wait for the process that is gone
-        if lost_contact(e): raise RuntimeError(f'rank {rank} stopped because another of the {size} processes died or hung; its own message says why ({str(e).splitlines()[0][:120]})') from e
-        raise
-    dist.barrier()
+    store = lambda: dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    with Pulse(rank, size, silence, store):
+        try: yield World(rank, size, device)
+        except Exception as e:  # the group is left as it is: taking it down would wait for the process that is gone
+            if lost_contact(e): raise RuntimeError(f'rank {rank} stopped because another of the {size} processes died or hung; its own message says why ({str(e).splitlines()[0][:120]})') from e
+            raise
+        dist.barrier()
     dist.destroy_process_group()
 
 # %% ../nbs/36_parallel.ipynb #ec874e3e

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from .core import compute_dtype, cond_index, cond_len, cond_map
 from .denoiser import Guided
 from .noise import check_sigmas
-from .checkpoint import fsync, load_into, load_optim, optim_tensors, read_tensors, shard_index, write_text
+from .checkpoint import _digest, _signed, check_sums, fsync, load_into, load_optim, optim_tensors, read_state, read_tensors, shard_index, write_text
 from .distill import DMD2
 from .parallel import World, all_ranks_same, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
 from .train import check_run, load_state, put_state, run_nets, run_state, save_state
@@ -181,11 +181,13 @@ def save_parallel(
         for n,d in parts.items():
             if d: save(dict(d), storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
         save_file(_generators(dmd.world), _of_rank(tmp, dmd.world))
-        for f in (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world)): fsync(f)
-    _on_all(write, folder)
+        mine = (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world))
+        for f in mine: fsync(f)
+        return {f.relative_to(tmp).as_posix(): _digest(f) for f in mine}
+    sums = {k: v for o in each_rank(_on_all(write, folder)) for k,v in o.items()}
     state = run_state(dmd, {n: g for n,(_,g) in opts.items()}, extra) | dict(ranks=dmd.world.size)
     def finish():
-        write_text(tmp/'state.json', json.dumps(state, indent=1))
+        write_text(tmp/'state.json', _signed(state, sums))
         fsync(tmp)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists(): folder.rename(old)
@@ -204,11 +206,12 @@ def load_parallel(
     folder,targets,mine = Path(folder),{},{}
     def read():
         if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint, or not on a disk that all ranks see')
-        state = json.loads((folder/'state.json').read_text(encoding='utf-8'))
+        state,sums = read_state(folder)
         check_run(dmd, state, folder)
         if state.get('ranks')==dmd.world.size: mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
         for n,m in run_nets(dmd).items(): targets[n] = _fits(m.state_dict(), _index(folder, n), folder/n)
         for n in ('opt_g','opt_fake'): targets[n] = _room(getattr(dmd, n), _index(folder, n))
+        check_sums(folder, sums, dmd.world.rank, dmd.world.size)
         return state
     state = _on_all(read, folder)
     for n,d in targets.items(): _fetch(folder, n, d)

@@ -27,8 +27,8 @@ fashion16_config = DMD2Config(
     dm_bins=(200,700), fake_bins=(150,800), gan_bins=(100,700), gan_g=0.02, gan_d=0.03, gan_start=100, warmup_fake=60, ema_halflife=20., seed=0)
 
 emoji32_config = DMD2Config(
-    levels=(2.5,), ttur=2, batch=128, lr_g=3e-4, lr_fake=6e-4, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-    gan_g=0.03, gan_d=0.1, gan_start=150, warmup_fake=150, ema_halflife=100., seed=0)
+    levels=(80.,), ttur=2, batch=128, lr_g=3e-4, lr_fake=6e-4, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
+    dm_bins=(100,800), fake_bins=(50,900), gan_g=0.05, gan_d=0.1, gan_start=150, warmup_fake=150, ema_halflife=100., seed=0)
 
 # %% ../nbs/14b_recipes.ipynb #63adb88c
 FOUR_STEPS = (80., 5., 1.2, 0.35) # Levels of `dmd2_distill --steps 4`
@@ -76,6 +76,7 @@ class Recipe:
     teacher_every:dict      # The same for the teacher's training, in updates
     holdout:float=0.        # Share of concepts kept from teacher, GAN and tuning
     flip:bool=False         # Mirror half of the images
+    decay:float=0.          # Share of the distillation, at its end, over which all learning rates fall to a hundredth
     n_watch:int=500         # Samples of the evaluations on the way
     bundled:bool=True       # Whether images and teacher come along; else they have to be given
     classes:tuple=()        # Names of the classes, where the image files know none
@@ -95,7 +96,7 @@ RECIPES = {r.data: r for r in (
            teacher=dict(steps=12_000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
            every=dict(log=10, show=160, save=160, eval=160), teacher_every=dict(log=50, show=2000, save=500, eval=0)),
-    Recipe(data='emoji32', config=emoji32_config, iters=4_000, holdout=0.1,
+    Recipe(data='emoji32', config=emoji32_config, iters=35_000, decay=0.4, holdout=0.1,
            net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
                                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
            teacher=dict(steps=75_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),

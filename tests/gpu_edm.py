@@ -1,9 +1,11 @@
 """Measure the ImageNet-64 network on this GPU: python tests/gpu_edm.py --out DIR writes DIR/edm_h100.json, the stored log with this run added
 
 Random weights of the published geometry. Parts, each printed and written as soon as it is known: the bf16 matrix rate, Triton's kernels
-against plain operations, the whole network's error, one-step sampling, the training step. --tiny runs the same on a CPU, without graphs."""
+against plain operations, the whole network's error, one-step sampling, the training step, the emoji recipe's step alone and with several runs on one card. --tiny runs the same on a CPU, without graphs."""
 import argparse, gc, json, sys, time, traceback
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +20,11 @@ from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.fused import fused, norm_silu_plain
 from dmd2_nb.gan import GanHead
+from dmd2_nb.recipes import recipe
 from dmd2_nb.sampling import few_step_sample
 from dmd2_nb.train import train
 from dmd2_nb.unet import ADMUNet
+from dmd2_nb.weights import build_denoiser
 
 GIB = 2**30
 CUDA = torch.cuda.is_available()
@@ -122,12 +126,15 @@ def kernel_errors(rep, args):
     "Results and gradients of the fused functions, in units of a float64 reference; beside them the plain operations'"
     exact()
     shapes = [(2,32,8,8), (3,96,6,6)] if args.tiny else [(8,192,64,64), (4,576,32,32), (8,768,8,8), (4,1536,8,8), (3,96,6,10)]
-    fast = dict(norm_silu=kernels._NormSilu.apply if CUDA else norm_silu_plain, residual=kernels._Residual.apply if CUDA else None, halve=kernels._Halve.apply)
-    plain = dict(norm_silu=norm_silu_plain, residual=lambda x,h,b: x + h + b[:,None,None].to(x.dtype), halve=lambda x: F.avg_pool2d(x, 2))
+    fast = dict(norm_silu=kernels._NormSilu.apply if CUDA else norm_silu_plain, residual=kernels._Residual.apply if CUDA else None,
+                halve=(lambda x: kernels._Resize.apply(x, 'pool')) if CUDA else None, double=(lambda x: kernels._Resize.apply(x, 'spread')) if CUDA else None)
+    plain = dict(norm_silu=norm_silu_plain, residual=lambda x,h,b: x + h + b[:,None,None].to(x.dtype), halve=lambda x: F.avg_pool2d(x, 2), double=lambda x: F.interpolate(x, scale_factor=2., mode='nearest'))
     def cases(name, n, c, h, w, g):
         r = lambda *s: torch.randn(*s, device=DEV, generator=g)
         x = r(n, c, h, w)*2 + r(n, c, 1, 1)
-        if name=='norm_silu': return [(x, 1+.3*r(n, c), r(n, c), min(32, c//4), 1e-5, pre, act) for pre in (None, r(n, c)) for act in (True, False)]
+        if name=='norm_silu':
+            rows = [(x, 1+.3*r(n, c), r(n, c), min(32, c//4), 1e-5, pre, act) for pre in (None, r(n, c)) for act in (True, False)]
+            return rows + [(x, 1+.3*r(c), r(c), min(32, c//4), 1e-5, pre, True, .3*r(n, c), r(n, c)) for pre in (None, r(c), r(n, c))]
         return [(x, r(n, c, h, w), r(c))] if name=='residual' else [(x,)]
     for dtype in (torch.float32, torch.bfloat16):
         for name in fast:
@@ -242,6 +249,61 @@ def training(rep, args, kind='graphed'):
     rep.add(what='train', name=kind if graph or kind!='graphed' else 'fused', batch=args.batch, ms=ms, **mem, warmup_s=warm, **speed(rep, rep.iteration, ms), fake_loss=logs[-1]['fake_loss'].item(),
             **(dict(not_finite=bad) if bad else {}), bar_ms=BARS['train_ms'], bar_gib=BARS['train_gib'], ok=not bad and ms<=BARS['train_ms'] and mem.get('peak_gib', 0)<=BARS['train_gib'])
 
+def emoji(rep, args, together=(1, 2, 4)):
+    "The 32x32 network of the emoji recipe, random weights and images: ms an iteration of each kind, alone and when several runs share the card"
+    quick(); fused(True)
+    r = recipe('emoji32')
+    cfg = replace(r.config, warmup_fake=0, gan_start=0, **(dict(dtype='bfloat16') | (dict(batch=4) if args.tiny else {})))
+    make = graphs.GraphedDMD2 if CUDA else DMD2
+    torch.manual_seed(0)
+    with torch.device(DEV): net = build_denoiser(r.net)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim>1 and p.std()<1e-4: p.normal_(0, 0.02)
+    net = net.to(memory_format=torch.channels_last)
+    cond,real = (torch.zeros(cfg.batch, r.net['args']['label_dim'], device=DEV),torch.randn(cfg.batch, *net.shape, device=DEV).clamp(-1, 1))
+    same = lambda o: iter(lambda: o, None)
+    for n in (1, 2) if args.tiny else together:
+        clean()
+        streams = [torch.cuda.Stream() if CUDA else None for _ in range(n)]
+        runs = [make.from_teacher(net, replace(cfg, seed=i)) for i in range(n)]
+        loops = [train(d, same(cond), 10**6, same((real, cond))) for d in runs]
+        def turn():
+            for s,l in zip(streams, loops):
+                with torch.cuda.stream(s) if CUDA else nullcontext(): out.append(next(l))
+            del out[:-n]
+        out = []
+        if CUDA:
+            torch.cuda.synchronize()
+            for i,l in enumerate(loops):  # recorded one after the other: while one records, the others rest
+                with torch.cuda.stream(streams[i]):
+                    for _ in range(12): next(l)
+                torch.cuda.synchronize()
+        k = 2 if args.tiny else 100
+        ms = clock(turn, k, 2)
+        row = dict(what='emoji', name='graphed' if CUDA else 'eager', batch=cfg.batch, ttur=cfg.ttur, together=n, turn_ms=ms, ms=ms/n)
+        if CUDA: row['peak_gib'] = torch.cuda.max_memory_allocated()/GIB
+        if n==1:
+            row['kernels'] = count_kernels(lambda: [turn() for _ in range(cfg.ttur)])/cfg.ttur if CUDA else None
+            row |= {f'{k}_ms': v for k,v in turns(runs[0], turn, 2 if args.tiny else 50).items()}
+        bad = sorted({k for o in out for k,v in o.items() if not v.isfinite().all()})
+        rep.add(**row, **(dict(not_finite=bad) if bad else {}), ok=not bad)
+        del runs,loops,turn,out
+
+def turns(dmd, turn, n):
+    "ms of iterations with and without a generator update, each by itself"
+    spent = {True: [], False: []}
+    for _ in range(n*dmd.cfg.ttur):
+        kind = dmd.generators_turn(); sync(); t = time.perf_counter()
+        turn(); sync(); spent[kind].append((time.perf_counter()-t)*1e3)
+    return dict(generator=sum(spent[True])/len(spent[True]), critic=sum(spent[False])/len(spent[False]))
+
+def count_kernels(f):
+    "Kernels that run in `f`"
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as p: f(); sync()
+    return sum(e.device_type==torch.autograd.DeviceType.CUDA and not e.name.startswith(('Memcpy', 'Memset')) for e in p.events())
+
 graphs_CudaGraph = graphs.CudaGraph
 
 def main():
@@ -255,6 +317,7 @@ def main():
     rep = Report(args)
     rep.part(rate, args); rep.part(work, args)
     rep.part(training, args); graphs.CudaGraph = graphs_CudaGraph; rep.part(sampling, args); rep.part(network_error, args); rep.part(kernel_errors, args)
+    rep.part(emoji, args)
     for kind in ('fused', 'plain'): rep.part(training, args, kind, needs=15)  # launched from Python, for comparison
     print(f'{rep.path} written after {rep.gone:.0f} s')
 

@@ -1,6 +1,6 @@
 """Measure the figures of RELIABILITY.md and write them to data/runs/reliability.json:
 
-    python tests/reliability.py [kills] [fuzz] [long] [guards]
+    python tests/reliability.py [kills] [fuzz] [long] [guards] [cost]
 
 It runs what the tests run, the long ones at their full length; parts that are not named keep their figures. Takes a quarter of an hour."""
 import json, os, subprocess, sys, tempfile, time
@@ -55,16 +55,37 @@ def guards():
                 for log in guard.watch(t.train(dmd, None, 50, reals(t.BEFORE))): pass
             except t.Alarm as a:
                 if a.name == want: late.setdefault(name, []).append(dmd.step-t.BEFORE)
+    phases = []  # the slowest kind of failure, planted at other iterations
+    for seed in (0, 1, 2):
+        for before in (210, 215, 221, 229, 234, 239):
+            dmd, guard, reals = t.toy_run(seed, gan_start=0)
+            for log in guard.watch(t.train(dmd, None, before, reals())): pass
+            t.stale(dmd)
+            try:
+                for log in guard.watch(t.train(dmd, None, 60, reals(before))): pass
+                phases.append(None)
+            except t.Alarm: phases.append(dmd.step-before)
     for seed in (11, 12, 13):
         dmd, guard, reals = t.toy_run(seed)
         try:
             for log in guard.watch(t.train(dmd, None, 2000, reals())): pass
         except t.Alarm as a: alarms += 1
-    return dict(late=late, planted=2*len(t.plants), named=sum(map(len, late.values())), latest=max(max(v) for v in late.values()), healthy_runs=3, healthy_iterations=2000, healthy_alarms=alarms)
+    return dict(late=late, planted=2*len(t.plants), named=sum(map(len, late.values())), latest=max(max(v) for v in late.values()), healthy_runs=3, healthy_iterations=2000, healthy_alarms=alarms,
+                stale=phases, stale_planted=len(phases), stale_in_time=sum(o is not None and o <= 50 for o in phases))
+
+
+def cost():
+    "What log, dashboard and guard take of two recipes on a CPU"
+    with tempfile.TemporaryDirectory() as d:
+        for r, rounds in (('toy', 60), ('fashion16', 12)):
+            p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
+            if p.returncode: sys.exit(p.stderr[-3000:])
+        got = json.loads((Path(d)/'guard_cost.json').read_text())
+    return {n.split()[0]: dict(ms=round(o['ms']['bare'], 3), batch=o['batch'], same_weights=o['same_weights'], **{k: round(o['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()}) for n, o in got.items()}
 
 
 if __name__ == '__main__':
-    parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards)
+    parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards, cost=cost)
     for n in sys.argv[1:] or parts:
         res = parts[n]()
         was = json.loads(out.read_text()) if out.exists() else {}

@@ -240,6 +240,24 @@ def test_command_gives_up(tiny, capsys):
     assert "guard must be stop, rollback or off, got 'never'" in capsys.readouterr().err
 
 
+def test_nothing_broken_is_saved(tiny, capsys):
+    "The last update before a checkpoint breaks a weight, which no loss has shown yet, between two looks: it is not written"
+    spoil, command = tiny
+    def plant(dmd):
+        step = dmd.fake_step
+        def broken(*args):
+            log = step(*args)
+            with torch.no_grad(): next(dmd.head.parameters()).view(-1)[0] = math.nan
+            return log
+        dmd.fake_step = broken
+    spoil(137, plant)
+    assert command(' --save-every 6') == 2
+    assert 'non-finite alarm at iteration 138: weights of head are not finite' in capsys.readouterr().err
+    kept = steps(Path('runs/fashion16-1/state'))
+    assert [p.name for p in kept] == ['step-132', 'step-126']
+    for p in kept: assert all(t.isfinite().all() for n, d in load_folder(p)[0].items() if n != 'random' for t in d.values())
+
+
 def test_teacher_does_not_save_what_is_broken(tmp_path):
     from dmd2_nb.guards import check_weights
     net = toy_net(ring(), 0, steps=0)

@@ -56,9 +56,10 @@ def test_readme_keeps_step_with_index():
     assert not set(snippet.splitlines()) - set(code), 'the last Python example of the README is one that index runs'
 
 
-@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'draw_turn(g,', 'turns.png', 'nbs/index.ipynb')])
+@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'draw_turn(g,', 'turns.png', 'nbs/index.ipynb'),
+                                                           ('26_emoji_dmd2', '# as in the README', 'emoji.png', 'README.md')])
 def test_kept_pictures(notebook, words, name, shown):
-    "As their notebook drew them; `.ci/execute.py` writes both"
+    "As their notebook drew them; `.ci/execute.py` writes them"
     cells = json.loads((root/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']
     png, = [o['data']['image/png'] for c in cells if c['cell_type'] == 'code' and words in ''.join(c['source']) for o in c['outputs'] if 'image/png' in o.get('data', {})]
     stored = root/'nbs'/'images'/name

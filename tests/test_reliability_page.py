@@ -37,3 +37,4 @@ def test_each_figure_was_measured(page, root):
     assert log['kills']['same'] == log['kills']['runs'] and log['kills']['kills'] >= 20 and log['fuzz']['n'] >= 2000 and log['fuzz']['harm'] == {} and log['fuzz']['n_wrong'] == 0
     assert log['guards']['named'] == log['guards']['planted'] and log['guards']['latest'] <= 50 and log['guards']['healthy_alarms'] == 0
     assert log['long']['iterations'] == 10_000 and log['long']['growth'] < 0.01 and log['long']['logger'] < 0.02
+    assert log['cost']['fashion16']['all'] < 0.02 and all(o['same_weights'] for o in log['cost'].values())

@@ -19,8 +19,8 @@ floors = {
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'panels preference denoiser sampling dmd gan unet features safe_pickle',
-    1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs',
-    0: 'core assets checkpoint image_files fused launch signals',
+    1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
+    0: 'core assets checkpoint image_files fused signals',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 only_shown = {'plot', 'panels', 'dashboard'}  # for notebooks, cli and one another
