@@ -2,15 +2,16 @@
 float16 weights go to OUT as they come, and the last lines say what there is.
 
     python data/make_mini_runs.py teacher --seconds 330 --batch 128 --limit 560 --out DIR
+    python data/make_mini_runs.py sweep --seconds 14 --limit 200 --out DIR     # short runs of `full` under another seed; rows and adapt take the settings with the lowest kid
     python data/make_mini_runs.py rows --seconds 50 --limit 560 --seeds 0,1 --only full,no_gan,no_matching,no_backsim --out DIR   # seconds a row
     python data/make_mini_runs.py rows --seconds 50 --limit 560 --only one_step_399,one_step_999,shared --out DIR
     python data/make_mini_runs.py adapt --seconds 50 --limit 560 --out DIR     # after the row `shared`: three starts for a teacher fine-tuned on one style
     python data/make_mini_runs.py collect --out DIR     # what notebooks 39 and 39b read, as a few files in data/runs
-    for w in teacher rows adapt; do python data/make_mini_runs.py $w --tiny --seconds 3 --out DIR; done   # CPU
+    for w in teacher sweep rows adapt; do python data/make_mini_runs.py $w --tiny --seconds 3 --out DIR; done   # CPU
 
 Rows need DIR/mini_teacher; --teacher names another folder. --px 64 reads emoji64.npz (data/README.md tells how it is made; DMD2_NB_DATA
 may name its folder), --px 32 the bundled set; without it 64 if it is there. A row whose mini_ROW_SEED.json is there is not run again, one
-that fails is told and the next begins. The clock of a row counts iterations alone: no judging, and none that records a CUDA graph."""
+that fails is told and the next begins. The clock of a row counts iterations alone: no judging, and none that records a CUDA graph. Over the last --decay of it all rates fall."""
 import time
 START = time.time()
 import argparse, gc, json, shutil, sys, tempfile, traceback
@@ -47,6 +48,25 @@ SHEET = ['fluent 3d: strawberry', 'noto: fox', 'fluent flat: clock', 'firefox: h
 NUMBERS = 'kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'kid_train', 'kid_train_se', 'class_right', 'style_right', 'diversity', 'n'
 LOSSES = 'dmd_loss', 'fake_loss', 'gan_g_loss', 'gan_d_loss', 'd_real', 'd_fake', 'x_mean', 'x_std', 'grad_dm', 'grad_gan', 'grad_cos', 'norm_g', 'norm_fake'
 ROWS = {**TABLE4, **ONE_STEP, 'shared': {}}  # shared: two adapters of rank 64 on one base in place of full copies
+
+SWEEP = {  # factor on all rates, and other settings
+    'rates_1': (1., {}), 'rates_4th': (1/4, {}), 'rates_16th': (1/16, {}), 'rates_4th_ratio_5': (1/4, dict(ttur=5)), 'rates_16th_ratio_5': (1/16, dict(ttur=5)),
+    'rates_4th_guidance_1': (1/4, dict(guidance=1.)), 'rates_16th_guidance_1': (1/16, dict(guidance=1.)), 'rates_4th_guidance_1.5': (1/4, dict(guidance=1.5))}
+
+
+def chosen(job):
+    "Settings of the sweep's run with the lowest kid, or none"
+    found = {p.stem.removeprefix('mini_sweep_'): json.loads(p.read_text())['row'] for p in job.out.glob('mini_sweep_*.json')}
+    found = {n: r for n, r in found.items() if n in SWEEP}
+    if not found: return 'none', (1., {})
+    best = min(found, key=lambda n: found[n]['kid'])
+    job.say(f'sweep: {best} of {len(found)} has the lowest kid,', digits({n: r['kid'] for n, r in found.items()}))
+    return best, SWEEP[best]
+
+def settle(cfg, choice):
+    "A config with such settings"
+    factor, more = choice
+    return replace(cfg, **{k: getattr(cfg, k)*factor for k in ('lr_g', 'lr_fake', 'lr_head')}, **more)
 
 
 class Job:
@@ -168,27 +188,28 @@ def teacher(a):
     table = dict(real=job.judge(real.images, real), code=job.judge(m.images(m.latents(real.images)), real))
     def row(name, steps, g):
         b = time.time()
-        if job.left < 2*row.took: return job.say(f'{name}: no time left')
-        table[name] = job.look(lambda p: draw_mini(m, p, steps, g), n)
+        if job.left < 1.2*row.took: return job.say(f'{name}: no time left')
+        table[name] = job.look(lambda p: draw_mini(m, p, steps, g), n//2)
         row.took = time.time()-b
         job.say(name, digits(table[name]))
         job.note('teacher', rows=table, guidance=best(), **facts)
     row.took = 0. if a.tiny else 10.
     def best(): return float(min((k for k in table if k.startswith('guidance')), key=lambda k: table[k]['kid'], default='guidance 2').split()[1])
     job.note('teacher', rows=table, guidance=best(), **facts)
-    for g in (1., 3.) if a.tiny else (2., 1.5, 3., 1., 4.): row(f'guidance {g:g}', 4 if a.tiny else 30, g)
+    for g in (1., 3.) if a.tiny else (2., 1.5, 1., 3., 4.): row(f'guidance {g:g}', 4 if a.tiny else 30, g)
     g = best()
     save_mini(m, job.out/'mini_teacher', **facts, guidance=g)
     save_sheet(draw_mini(m, SHEET*2, 4 if a.tiny else 30, g), job.out/'mini_teacher.png')
     for s in () if a.tiny else (10, 20, 50): row(f'{s} steps', s, g)
     summary(job.out)
-    job.say(f'guidance {g:g} has the lowest kid')
+    job.say(f'guidance {g:g}', 'has the lowest kid' if any(k.startswith('guidance') for k in table) else 'is a guess: none was measured')
 
 
 def student(job, name, seed, folder, graph):
     "One row"
     a, (m, guidance), shared = job.a, job.model, name == 'shared'
-    cfg = replace(mini_lora_config if shared else mini_config, **ROWS[name], seed=seed, guidance=guidance, **(dict(batch=8, ttur=2, warmup_fake=2) if a.tiny else {}))
+    pick, choice = (name.removeprefix('sweep_'), SWEEP[name.removeprefix('sweep_')]) if name.startswith('sweep_') else job.choice
+    cfg = replace(settle(replace(mini_lora_config if shared else mini_config, seed=seed, guidance=guidance), choice), **ROWS.get(name, {}), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
     cfg = replace(cfg, **config_changes(a.set))
     D = load_mini(folder, a.device).denoiser()
     if shared and a.graph: D.net.unet.to(torch.bfloat16)
@@ -206,32 +227,41 @@ def student(job, name, seed, folder, graph):
             z = torch.randn(len(c.text), *m.shape, generator=rng(5, i)).to(a.device)
             out.append(m.images(few_step_sample(dmd.ema, z, dmd.sigmas, c, rng(6, i, device=a.device))))
         return torch.cat(out)
-    full, n = f'{name}_{seed}', 32 if a.tiny else a.n
-    rows, end = job.follow(full, distill_sdxl(dmd, job.texts, 10**7, job.pictures), LOSSES, lambda last: job.look(draw, n if last else n//2), lambda step, sec: sec/a.seconds, 2 if a.tiny else 3, recorded)
+    full, n = name if name.startswith('sweep_') else f'{name}_{seed}', 32 if a.tiny else a.n
+    fall, groups = falling_rate(1., a.seconds, a.decay), [(g, g['base_lr']) for o in (dmd.opt_g, dmd.opt_fake) for g in o.param_groups]
+    def share(step, sec):
+        for g, lr in groups: g['base_lr'] = lr*fall(sec)
+        return sec/a.seconds
+    looks = 1 if name.startswith('sweep_') else 2 if a.tiny else 3
+    rows, end = job.follow(full, distill_sdxl(dmd, job.texts, 10**7, job.pictures), LOSSES, lambda last: job.look(draw, n if last and looks > 1 else n//2), share, looks, recorded)
     save_sheet(draw(SHEET*2), job.out/f'mini_{full}.png')
     if seed == 0 and name in a.keep.split(','):
         steps = [int((sdxl_sigmas()-s).abs().argmin()) for s in cfg.levels]
         (export_lora if shared else export_unet)(dmd.ema.net.net, job.out/f'mini_{full}', steps)
     job.note(full, row=end, seconds=rows[-1]['seconds'], iterations=dmd.step, updates=dmd.g_updates, batch=cfg.batch, ttur=cfg.ttur, lr_g=cfg.lr_g, gan_g=cfg.gan_g, seed=seed, levels=list(cfg.levels),
-             guidance=cfg.guidance, px=m.px, graph=graph, device=a.card)
+             guidance=cfg.guidance, px=m.px, graph=graph, device=a.card, chosen=pick, decay=a.decay)
 
 
 def rows(a):
     job, folder, graph, took = Job(a), Path(a.teacher or Path(a.out)/'mini_teacher'), a.graph, 0.
-    names = a.only.split(',') if a.only else list(ROWS)
+    sweep = a.what == 'sweep'
+    known = SWEEP if sweep else ROWS
+    names = a.only.split(',') if a.only else list(known)
     for name in names:
-        if name not in ROWS: raise ValueError(f"'{name}' is none of {', '.join(ROWS)}")
+        if name not in known: raise ValueError(f"'{name}' is none of {', '.join(known)}")
+    job.choice = ('none', (1., {})) if sweep else chosen(job)
     m = load_mini(folder, a.device)
     facts = json.loads((folder/'state.json').read_text())['facts']
     if m.px != job.train.shape[-1]: raise ValueError(f'{folder} draws {m.px} pixels, the images have {job.train.shape[-1]}: pass --px {m.px}')
     job.model = m, facts['guidance']
     conds = m.cond(job.prompts)
     job.texts, job.pictures = MiniData(conds), MiniData(conds, m.latents(job.train.images))
-    for seed in (int(s) for s in a.seeds.split(',')):
+    for seed in (int(s) for s in ('77' if sweep else a.seeds).split(',')):
         for name in names:
-            full = f'{name}_{seed}'
+            full = name = f'sweep_{name}' if sweep else name
+            if not sweep: full = f'{name}_{seed}'
             if (job.out/f'mini_{full}.json').is_file(): continue
-            if job.left < max(took, a.seconds*1.15+(0 if a.tiny else 12)): job.say(f'{full}: no time left'); continue
+            if job.left < a.seconds*1.1+(0 if a.tiny else 8): job.say(f'{full}: no time left'); continue
             b = time.time()
             try:
                 try: student(job, name, seed, folder, graph)
@@ -247,6 +277,7 @@ def rows(a):
             job.say(f'{full} took {took:.0f} s')
             if a.device == 'cuda': gc.collect(); torch.cuda.empty_cache()  # graphs hold their run and the run its graphs
     summary(job.out)
+    if sweep: chosen(job)
 
 
 class Curve:
@@ -319,7 +350,7 @@ def adaptation(a):
     save_mini(m, job.out/'mini_style', style=a.style)
     conds = m.cond(job.prompts)
     texts, pictures = MiniData(conds), MiniData(conds, x[0])
-    cfg = replace(mini_lora_config, guidance=guidance, **(dict(batch=8, ttur=2, warmup_fake=2) if a.tiny else {}))
+    cfg = replace(settle(replace(mini_lora_config, guidance=guidance), chosen(job)[1]), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
     cfg = replace(cfg, **config_changes(a.set))
     rank, curves = 4 if a.tiny else 64, {}
     def fresh():
@@ -396,6 +427,8 @@ def collect(a):
         log = CsvLog(to/'mini_rows.csv', ('run', 'step', 'seconds', *LOSSES, *NUMBERS))
         for n in found:
             for r in read_log(out/f'mini_{n}.csv'): log.add(dict(run=n) | r)
+    swept = {p.stem[11:]: json.loads(p.read_text()) for p in sorted(out.glob('mini_sweep_*.json'))}
+    if swept: write_text(to/'mini_sweep.json', json.dumps(swept, indent=1)+'\n')
     strips = [n for n in ('teacher', *(f'{k}_0' for k in ROWS)) if (out/f'mini_{n}.png').is_file()]
     if strips:
         shots = [Image.open(out/f'mini_{n}.png').convert('RGB') for n in strips]
@@ -414,11 +447,11 @@ def collect(a):
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('what', choices=['teacher', 'rows', 'adapt', 'collect']); ap.add_argument('--out', default='.'); ap.add_argument('--teacher', help='folder of the teacher')
+    ap.add_argument('what', choices=['teacher', 'sweep', 'rows', 'adapt', 'collect']); ap.add_argument('--out', default='.'); ap.add_argument('--teacher', help='folder of the teacher')
     ap.add_argument('--seconds', type=float, default=450, help='of training: the teacher, or each row'); ap.add_argument('--limit', type=float, default=1e9, help='seconds from the start within which to end')
     ap.add_argument('--seeds', default='0'); ap.add_argument('--only', default='', help='rows, with commas between; all when absent')
     ap.add_argument('--n', type=int, default=2000, help='pictures of an evaluation'); ap.add_argument('--px', type=int, choices=(32, 64)); ap.add_argument('--batch', type=int, default=256)
-    ap.add_argument('--lr', type=float, default=1e-3, help='of the teacher'); ap.add_argument('--set', action='append', help='field=value of the rows\' config')
+    ap.add_argument('--lr', type=float, default=1e-3, help='of the teacher'); ap.add_argument('--decay', type=float, default=0.5, help='share of a row over which its rates fall'); ap.add_argument('--set', action='append', help='field=value of the rows\' config')
     ap.add_argument('--style', default='fxemoji', help='of the fine-tuned teacher'); ap.add_argument('--tune', type=int, default=1500, help='updates of its fine-tuning')
     ap.add_argument('--keep', default='full,shared', help='rows whose weights of seed 0 are kept'); ap.add_argument('--to', default=str(Path(__file__).resolve().parent/'runs'), help='folder for `collect`')
     ap.add_argument('--tiny', action='store_true', help='a nano network and few images'); ap.add_argument('--eager', action='store_true', help='no CUDA graphs, float32')
@@ -426,7 +459,7 @@ def main():
     a = ap.parse_args()
     a.graph, a.card = a.device == 'cuda' and not a.eager, torch.cuda.get_device_name() if a.device == 'cuda' else a.device
     if a.device == 'cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dict(teacher=teacher, rows=rows, adapt=adaptation, collect=collect)[a.what](a)
+    dict(teacher=teacher, rows=rows, sweep=rows, adapt=adaptation, collect=collect)[a.what](a)
 
 
 if __name__ == '__main__': main()
