@@ -4,7 +4,7 @@
     python data/make_emoji_ablation.py --collect data/runs/emoji32_sweep DIR   # all rows of DIR as one .csv and one .json
 
 A row is a name of emoji_rows.ROWS, or NAME:FIELD=VALUE,... on top of what they share; NAME@SEED gives another seed; seconds=, decay= (share of
-the time over which the rates fall to nothing), wall= (seconds by the clock on the wall in the place of the row's own) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
+the time over which the rates fall to a hundredth), wall= (seconds by the clock on the wall in the place of the row's own) belong to one row. Writes DIR/NAME.csv (log and evaluations), NAME.json (settings and
 final figures), NAME.png (eight fixed noises through training) and, for rows under --keep, float16 weights: the average, and what a later run
 can begin from (NAME_generator, NAME_fake, NAME_head).
 

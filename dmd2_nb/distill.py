@@ -79,7 +79,7 @@ toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_he
 class DMD2:
     "Networks, optimisers and step count of one run"
     capturable = False # Whether the optimisers must work inside CUDA graphs
-    rate = staticmethod(lambda step: 1.) # Factor of all learning rates at an iteration, for runs that end by letting them fall
+    def rate(self, step): return 1. # factor of all learning rates; a run that lets them fall puts a function in its place
     def __init__(self,
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface

@@ -128,7 +128,7 @@ def train_teacher_job(
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = to_device(build_denoiser(r.net), device)
     if begin: load_into(D, open_teacher(r, data, begin)[0].state_dict(), str(begin))
     judge,n_eval = open_judge(r, data, held, device),n_eval or r.n_eval
-    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {})
+    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {}) | (dict(decay=r.decay) if r.decay else {})
     with claim_run(out, config, f'{r.data}-teacher', name, overwrite) as run:
         back,kept = load_last(run.state, lambda p: (load_teacher_run(p, D), json.loads((p/'state.json').read_text())['extra']), say or warnings.warn)[0] or ({}, {})
         start = back.get('start', 0)
@@ -218,7 +218,7 @@ def distill_job(
     if r.decay: dmd.rate = falling_rate(1., iters, r.decay, 0.01)
     if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
-    config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {})
+    config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {}) | (dict(decay=r.decay) if r.decay else {})
     with claim_run(out, config, r.data, name, overwrite) as run:
         root = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
         save,load = (save_parallel, load_parallel) if shared else (save_state, load_state)

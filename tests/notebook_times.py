@@ -53,8 +53,9 @@ def gpu_rows():
     card = next(o['name'] for o in edm if o['what'] == 'card')
     step = next(o for o in edm if o['what'] == 'train' and o['name'] == 'graphed')
     yield f'| [26](nbs/26_emoji_dmd2.ipynb), teacher of emoji32 | all of it | {float(emoji[2])/60:.1f} min | H100, then H200 |'
-    one = read('emoji32_long')['long']
+    small, one = read('mini_teacher'), read('emoji32_long')['long']
     yield f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in one step | all of it, {one["g_updates"]:,} generator updates | {one["seconds"]/60:.1f} min | {one["card"].removeprefix("NVIDIA ")} |'
+    yield f'| [39](nbs/39_mini_sdxl.ipynb), teacher of the small SDXL | all of it | {small["seconds"]/60:.1f} min | {small["device"].removeprefix("NVIDIA ")} |'
     yield f'| [23](nbs/23_imagenet64.ipynb), ImageNet-64, batch {step["batch"]} | one iteration, mean over a cycle of five | {step["ms"]/1000:.2f} s | {card} |'
     for name, what in (('bf16', 'one iteration within 14 GiB'), ('speed', 'one iteration, memory as it likes')):
         o = next(o for o in sdxl if o['row'] == name)
