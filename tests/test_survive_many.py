@@ -36,10 +36,11 @@ class Command:
         folder.mkdir(exist_ok=True)
         root = str(Path(__file__).resolve().parent.parent)
         env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]).strip(os.pathsep))
+        had = self.rows()  # of the run that it goes on from, which may have come further than was asked for
         self.p = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if not after: return
         begun = time.time()
-        while self.rows() < after and self.p.poll() is None and time.time() < begun+100: time.sleep(0.02)
+        while self.rows() < max(after, had+1) and self.p.poll() is None and time.time() < begun+100: time.sleep(0.02)
         assert self.p.poll() is None, self.p.communicate()
         start, = children(self.p.pid)
         self.all, self.ranks = below(self.p.pid), children(start)[:2]
