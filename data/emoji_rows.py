@@ -1,11 +1,10 @@
 """The rows of the emoji32 ablation: what each changes, and the two kinds of run that the package has no recipe for"""
-from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import torch
 from torch.nn import functional as F
 
-from dmd2_nb.core import EMA, append_dims, cond_len, rng
+from dmd2_nb.core import EMA, append_dims, rng
 from dmd2_nb.distill import DMD2Config
 from dmd2_nb.graphs import CudaGraph
 from dmd2_nb.noise import add_noise, karras_sigmas
@@ -52,8 +51,8 @@ def parse(text):
     if base not in ROWS and not more: raise ValueError(f"'{base}' is none of {', '.join(ROWS)}: give NAME:FIELD=VALUE,...")
     own |= {k: v for k,_,v in (o.partition('=') for o in more.split(',') if o)}
     known = {f.name for f in fields(DMD2Config)}
-    text = lambda v: ','.join(map(str, v)) if isinstance(v, tuple) else str(v).replace(';', ',')
-    return name, int(seed or 0), config_changes([f'{k}={text(v)}' for k,v in own.items() if k in known]), {k: float(v) for k,v in own.items() if k not in known}
+    words = lambda v: ','.join(map(str, v)) if isinstance(v, tuple) else str(v).replace(';', ',')
+    return name, int(seed or 0), config_changes([f'{k}={words(v)}' for k,v in own.items() if k in known]), {k: float(v) for k,v in own.items() if k not in known}
 
 def small(r, T, width):
     "A student of another width, with random weights"
@@ -68,6 +67,12 @@ def encoder_distance(T):
         with torch.no_grad(): fb = T.encode(b, s, y)
         return F.huber_loss(a, b, delta=0.1) + F.huber_loss(T.encode(a, s, y).float(), fb.float(), delta=0.1)
     return distance
+
+def spread(extract, x):
+    "Mean distance between the features within every four images, of one class and style each"
+    f = extract(x).float()
+    f = f.reshape(-1, 4, f.shape[1])
+    return (torch.cdist(f, f).sum((1, 2))/12).mean().item()
 
 class Consistency:
     "Consistency distillation (Song et al., 2023, algorithm 2): neighbours on a path of the teacher's ODE get the same answer"

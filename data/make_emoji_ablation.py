@@ -36,7 +36,7 @@ from dmd2_nb.runs import CsvLog, Means, batches, cond_batches, read_log
 from dmd2_nb.sampling import few_step_states
 from dmd2_nb.train import train
 from dmd2_nb.weights import save_denoiser
-from emoji_rows import NOGAN, Consistency, encoder_distance, parse, small
+from emoji_rows import NOGAN, Consistency, encoder_distance, parse, small, spread
 
 LOGGED = ('step', 'seconds', *COLUMNS, 'loss', *(f'{p}{c}{s}' for p in ('', 'raw_') for c in ('kid', 'kid_held') for s in ('', '_se')),
           'logit_train', 'logit_held', 'logit_gen', 'kid_1', 'kid_2', 'kid_3', 'gap_2', 'gap_3', 'gap_4')
@@ -121,9 +121,8 @@ class Bench:
     def final(self, dmd, x):
         "Precision, recall, and mean distance of 4 images of the same class and style, as features"
         p,r = precision_recall(self.judge.extract(x), next(iter(self.judge.refs.values())))
-        f = self.judge.extract(draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.groups, 4, device=self.device)).float()
-        d = torch.cdist(f.reshape(-1, 4, f.shape[1]), f.reshape(-1, 4, f.shape[1])).sum((1, 2))/12
-        return dict(precision=p, recall=r, diversity=d.mean().item(), n=len(x))
+        d = spread(self.judge.extract, draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.groups, 4, device=self.device))
+        return dict(precision=p, recall=r, diversity=d, n=len(x))
 
     def strip(self, dmd): return draw(student_sampler(dmd.ema.net, dmd.cfg.levels), self.data.shape, self.kinds, 3, device=self.device)
 

@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dmd2_nb.cli import PICTURES
-from dmd2_nb.evaluate import draw, eval_conds, teacher_sampler
-from dmd2_nb.jobs import distill_job, open_data, open_judge, open_teacher, train_teacher_job
+from dmd2_nb.jobs import distill_job, train_teacher_job
 from dmd2_nb.recipes import config_changes, config_levels, recipe
 from dmd2_nb.runs import read_log
 
@@ -44,19 +43,6 @@ def teacher(a):
     print([(int(o['step']), round(o['kid'], 4), round(o['kid_held'], 4)) for o in read_log(run/'log.csv') if 'kid' in o], flush=True)
     print(json.loads((run/'metrics.json').read_text())['rows']['teacher'], flush=True)
     keep(run, out, a.name or 'emoji32_teacher', 'teacher.safetensors')
-    if not a.no_samplers: samplers(a, r, out)
-
-def samplers(a, r, out):
-    "Which steps suit the teacher best; on a seed of its own"
-    data,held = open_data(r)
-    T,_ = open_teacher(r, data, out/f'{a.name or "emoji32_teacher"}.safetensors', a.device)
-    judge,rows = open_judge(r, data, held, a.device),[]
-    for steps,churn in ((4,0.), (6,0.), (9,0.), (12,0.), (18,0.), (32,0.), (18,10.), (32,20.), (32,40.)):
-        kw = dict(S_churn=churn, S_min=0.05, S_max=50., S_noise=1.003) if churn else {}
-        row = judge(draw(teacher_sampler(T, steps, **kw), data.shape, eval_conds(data, a.n//2, 5), 5, device=a.device), fast=True)
-        rows.append(dict(steps=steps, churn=churn, nfe=2*steps-1, seed=5) | row)
-        print(rows[-1], flush=True)
-        (out/'emoji32_teacher_samplers.json').write_text(json.dumps(rows, indent=1))
 
 def join(a):
     "Logs of trainings that went on from one another, as one: updates and seconds of all"
@@ -86,17 +72,15 @@ def distill(a):
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
-    ap.add_argument('what', choices=['teacher', 'distill', 'samplers', 'join']); ap.add_argument('logs', nargs='*', help='of join'); ap.add_argument('--seconds', type=float, default=450); ap.add_argument('--out', default='.')
+    ap.add_argument('what', choices=['teacher', 'distill', 'join']); ap.add_argument('logs', nargs='*', help='of join'); ap.add_argument('--seconds', type=float, default=450); ap.add_argument('--out', default='.')
     ap.add_argument('--reserve', type=float, default=60., help='seconds kept for evaluation'); ap.add_argument('--n', type=int, default=10_000, help='samples of the final evaluation')
     ap.add_argument('--probe', type=int, default=400, help='updates of the short run'); ap.add_argument('--teacher'); ap.add_argument('--name')
     ap.add_argument('--begin', help='weights that the training of the teacher goes on from'); ap.add_argument('--teacher-set', action='append', help='lr, decay ... of the teacher')
     ap.add_argument('--evals', type=int, default=9, help='evaluations on the way'); ap.add_argument('--watch', type=int, default=2000, help='samples of each')
-    ap.add_argument('--no-samplers', action='store_true')
     ap.add_argument('--set', action='append'); ap.add_argument('--levels'); ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = ap.parse_args()
     a.graph = a.device=='cuda'
     if a.what=='join': join(a)
-    elif a.what=='samplers': samplers(a, recipe('emoji32'), Path(a.out))
     else: dict(teacher=teacher, distill=distill)[a.what](a)
 
 if __name__=='__main__': main()

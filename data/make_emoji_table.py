@@ -6,7 +6,6 @@ seeds, precision, recall, diversity, share of near copies, speed; before that th
 Writes DIR/emoji32_table.json as it goes, and DIR/emoji32_rows.png: the same eight noises down the rows (teacher at 1, 4 and 18 steps, then
 the students)."""
 import argparse, json, sys, time
-from functools import partial
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -14,13 +13,13 @@ import torch
 from PIL import Image
 
 from dmd2_nb.checkpoint import write_text
-from dmd2_nb.core import cond_index, cond_to, rng
-from dmd2_nb.evaluate import Judge, draw, eval_conds, student_sampler, teacher_sampler
+from dmd2_nb.core import cond_to, rng
+from dmd2_nb.evaluate import draw, eval_conds, student_sampler, teacher_sampler
 from dmd2_nb.fid import precision_recall
 from dmd2_nb.jobs import open_data, open_judge, open_teacher
-from dmd2_nb.metrics import frechet
 from dmd2_nb.recipes import recipe
 from dmd2_nb.weights import load_denoiser
+from emoji_rows import spread
 
 CHURN = dict(S_min=0.05, S_max=50., S_noise=1.003)
 
@@ -53,9 +52,7 @@ class Table:
         if sampler is None:
             x = torch.cat([self.data.images[((self.data.cond==c).all(1)).nonzero()[:,0]][:4] for c in self.data.cond.unique(dim=0) if (self.data.cond==c).all(1).sum()>=4])
         else: x = draw(sampler, self.data.shape, self.groups, 4, device=self.device)
-        f = self.judge.extract(x).float()
-        f = f.reshape(-1, 4, f.shape[1])
-        return (torch.cdist(f, f).sum((1, 2))/12).mean().item()
+        return spread(self.judge.extract, x)
 
     def samplers(self):
         "On a seed that no table uses, in bfloat16"

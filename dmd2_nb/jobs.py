@@ -128,7 +128,7 @@ def train_teacher_job(
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); D = to_device(build_denoiser(r.net), device)
     if begin: load_into(D, open_teacher(r, data, begin)[0].state_dict(), str(begin))
     judge,n_eval = open_judge(r, data, held, device),n_eval or r.n_eval
-    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {}) | (dict(decay=r.decay) if r.decay else {})
+    config = dict(job='train_teacher', data=str(source or r.data), net=r.net, teacher=t, seed=seed, holdout=r.holdout) | (dict(begin=str(begin)) if begin else {})
     with claim_run(out, config, f'{r.data}-teacher', name, overwrite) as run:
         back,kept = load_last(run.state, lambda p: (load_teacher_run(p, D), json.loads((p/'state.json').read_text())['extra']), say or warnings.warn)[0] or ({}, {})
         start = back.get('start', 0)

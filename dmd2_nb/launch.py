@@ -43,7 +43,7 @@ def launch(
                 try: _read(p, lines, show)
                 except KeyboardInterrupt as e: asked = e; _pass_on(p, e); _read(p, lines, show)  # a second one does not wait
         finally: timer.cancel(); _stop(p)
-        if asked or any(Path(d).glob('*.stopped')): raise _stopped(Path(d), asked)
+        if asked or (not p.returncode and any(Path(d).glob('*.stopped'))): raise _stopped(Path(d), asked)  # after a death the others are told to stop, too
         if late: raise TimeoutError(f'{f.__name__} did not end within {timeout:g} s in {n} processes')
         if p.returncode: raise RuntimeError(_why(Path(d), lines))
         return [json.loads((Path(d)/f'{r}.json').read_text(encoding='utf-8')) for r in range(n)]
