@@ -75,8 +75,7 @@ class Turns:
             if i % self.length == 0:
                 self.sync()
                 self.spent[kind].append(self.now()-self.begun)
-                self.back.release()
-                if i < self.length*self.rounds: self.wait(kind)
+                if i < self.length*self.rounds: self.back.release(); self.wait(kind)  # after the last one `go` says so, when the run has been closed
     def wait(self, kind):
         self.gates[kind].acquire()
         if self.failed: raise SystemExit
@@ -141,7 +140,7 @@ def side_by_side(a, new, cuda):
             guard = Guard(dmd, ref, **settings(a, dmd)) if kind == 'guard' else None
             logs = train(dmd, conds, 10**9, reals)
             (Path(d)/kind).mkdir()
-            follow(turns.logs(kind, guard.watch(logs) if guard else logs), Run(Path(d)/kind), COLUMNS, a.length*(a.warm+a.rounds), log_every=every, show='dmd_loss fake_loss',
+            follow(turns.logs(kind, guard.watch(logs) if guard else logs), Run(Path(d)/kind), COLUMNS, a.length*(a.warm+a.rounds)+1, log_every=every, show='dmd_loss fake_loss',
                    extra=lambda: dict(g_updates=dmd.g_updates) | (guard.numbers() if guard else {}), bar=Dashboard(file=Path(d)/f'{kind}.html').bar)
         turns.go(dict(bare=bare, log=lambda: followed('log'), guard=lambda: followed('guard')))
     spent = {k: v[a.warm:] for k, v in turns.spent.items()}
@@ -177,6 +176,6 @@ if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', default='.'); p.add_argument('--recipe', default='emoji32', help='emoji32, fashion16 or toy'); p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--plain', action='store_true', help='no CUDA graphs'); p.add_argument('--turns', action='store_true', help='three runs in turns on a CPU, too'); p.add_argument('--threads', type=int, default=1)
-    p.add_argument('--check', type=int, default=140, help='iterations of the comparison of weights'); p.add_argument('--rounds', type=int, default=12); p.add_argument('--length', type=int, default=40, help='iterations a turn'); p.add_argument('--warm', type=int, default=4, help='rounds that do not count')
+    p.add_argument('--check', type=int, default=140, help='iterations of the comparison of weights'); p.add_argument('--rounds', type=int, default=8); p.add_argument('--length', type=int, default=120, help='iterations a turn: whole cycles of the guard'); p.add_argument('--warm', type=int, default=1, help='rounds that do not count')
     a = p.parse_args()
     main(a)

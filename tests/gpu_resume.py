@@ -66,6 +66,8 @@ def together(todo, n, dice, until):
     while todo or now:
         while todo and len(now) < n and time.time() < until: now.append(todo.pop(0)())
         if time.time() >= until: todo = []
+        if time.time() >= until+60:
+            for c in now: os.kill(c.pid, signal.SIGKILL)  # one that hangs shall not take the others' results with it
         for c in [c for c in now if c.look(dice)]: now.remove(c); done.append(c)
         time.sleep(0.002)
     return {c.folder.name: c for c in done}
@@ -122,5 +124,5 @@ def main(a):
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--out', default='.'); p.add_argument('--device', default='cuda'); p.add_argument('--kills', type=int, default=5, help='of each kind'); p.add_argument('--iters', type=int, default=240)
-    p.add_argument('--jobs', type=int, default=7, help='processes at once'); p.add_argument('--seconds', type=float, default=75, help='no process is begun later'); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--jobs', type=int, default=7, help='processes at once'); p.add_argument('--seconds', type=float, default=150, help='no process is begun later, and none goes on for more than a minute after'); p.add_argument('--seed', type=int, default=0)
     sys.exit(main(p.parse_args()))

@@ -77,7 +77,7 @@ def guards():
 def cost():
     "What log, dashboard and guard take of two recipes on a CPU"
     with tempfile.TemporaryDirectory() as d:
-        for r, rounds in (('toy', 60), ('fashion16', 12)):
+        for r, rounds in (('toy', 20), ('fashion16', 4)):
             p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
             if p.returncode: sys.exit(p.stderr[-3000:])
         got = json.loads((Path(d)/'guard_cost.json').read_text())
