@@ -98,8 +98,7 @@ class Health(list):
         rows = [('', 'signal', 'value', f'good runs{self.kind and f" of {self.kind}"}', 'what it is'),
                 *(('' if s.ok else '!', s.name, show(s.value), f'{show(s.low)} to {show(s.high)}', s.text.partition(': ')[0]) for s in self)]
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
-        told = [f"{s.name}: {s.text.partition(': ')[2]}" for s in self if not s.ok]
-        return '\n'.join(['  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows]+told)
+        return '\n'.join(['  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows]+[f"{s.name}: {s.text.partition(': ')[2]}" for s in self if not s.ok])
     __repr__ = __str__
 
 def health(
