@@ -5,7 +5,7 @@
 
 On a GPU three runs of one seed go on side by side, some iterations each in turn: bare, with log and dashboard, and with the guard too. A turn of
 the bare run is what the next turns of the others are compared with; the median over all rounds is given, and how far the rounds scatter. On
-a CPU, where other processes disturb more than there is to measure, one run's own calls are timed, in CPU time (`--turns` for the former).
+a CPU, where other processes disturb more than there is to measure, one run's own calls are timed (`--turns` for the former).
 Before that, a watched run and a bare one are compared with deterministic algorithms: they must have the same weights, bit by bit."""
 import argparse, json, os, sys, tempfile, threading, time, traceback
 from contextlib import ExitStack
@@ -34,7 +34,6 @@ from dmd2_nb.recipes import recipe
 from dmd2_nb.runs import Run, batches, cond_batches, follow
 from dmd2_nb.train import train
 
-NOW = getattr(time, os.environ.get('NOW','perf_counter'))
 KINDS = ('bare', 'log', 'guard')
 WORDS = {'bare': 'bare', 'log': 'log and dashboard', 'guard': 'log, dashboard and guard', 'guard alone': 'guard alone'}
 
@@ -119,33 +118,30 @@ def alike(a, new, n):
 
 
 def hooks(a, new):
-    "CPU time of one run: of its training, and of what watching consists of, without the clock's own; `blocks` of `length` iterations tell how far it scatters"
-    (dmd, conds, reals, ref, every), n, now, at = new(), a.length*a.rounds, NOW, []
-    clock, tick = Clock(now), median(-(now()-now()) for _ in range(1000))
+    "Time of one run: of its training, and of what watching consists of. The median over blocks of `length` iterations; the first drawing and the last are left out"
+    (dmd, conds, reals, ref, every), n, clock, at = new(), a.length*a.rounds, Clock(time.perf_counter), []
     guard = Guard(dmd, ref, **settings(a, dmd))
-    numbers = clock.call('guard', guard.numbers)
+    call, numbers = clock.call('guard', guard.__call__), clock.call('guard', guard.numbers)
     def logs():
-        it, spent = iter(train(dmd, conds, n, reals)), clock.spent
-        for i in range(n):
-            if i % a.length == 0: at.append((now()-3*tick*i, spent['train']))
-            begun = now(); log = next(it)
-            done = now(); guard(log)
-            spent['train'] += done-begun-tick; spent['guard'] += now()-done-tick
+        for i, log in enumerate(clock.each('train', train(dmd, conds, n, reals))):
+            call(log)
+            if i % a.length == 0: at.append(clock.spent | dict(total=clock.now()))
             yield log
+        at.append(clock.spent | dict(total=clock.now()))
     with tempfile.TemporaryDirectory() as d, ExitStack() as wrapped:
         board = Dashboard(file=Path(d)/'run.html')
         for part, o, name in (('critic', guard, 'critic'), ('weights', guard, 'weights'), ('weights', guards, 'distance'), ('numbers', guard, 'collect'), ('means', Means, 'take'),
-                              ('file', CsvLog, 'add'), ('dashboard', board, 'bar'), ('dashboard', board, 'row'), ('dashboard', board, 'update'), ('dashboard', board, 'close')):
+                              ('file', CsvLog, 'add'), ('dashboard', board, 'row'), ('dashboard', board, 'update')):
             wrapped.enter_context(patch.object(o, name, clock.call(part, getattr(o, name))))
-        begun = now()
-        follow(logs(), Run(Path(d)), COLUMNS, n, log_every=every, show='dmd_loss fake_loss', extra=lambda: dict(g_updates=dmd.g_updates) | numbers(), bar=board.bar)
-        total = now()-begun-3*tick*n
-    part = {k: v/total for k, v in clock.spent.items()}
+        follow(logs(), Run(Path(d)), COLUMNS, n+1, log_every=every, show='dmd_loss fake_loss', extra=lambda: dict(g_updates=dmd.g_updates) | numbers(), bar=board.bar)
+    blocks = [{k: (v[k]-u.get(k, 0))/(v['total']-u['total']) for k in v} for u, v in zip(at, at[1:])]
+    part = {k: median(b.get(k, 0.) for b in blocks) for k in at[-1] if k != 'total'}
     ours, theirs = part.pop('guard'), 1-part.pop('train')
     part['rest of the guard'] = ours-sum(part[k] for k in ('critic', 'weights', 'numbers'))  # the looks at brightness and discriminator, the bookkeeping
     part['rest of the log'] = theirs-ours-sum(part[k] for k in ('means', 'file', 'dashboard'))  # the loop of `follow`
-    return dict(batch=dmd.cfg.batch, log_every=every, iterations=n, ms=dict(bare=1000*clock.spent['train']/n, guard=1000*total/n), share=dict(log=theirs-ours, guard=theirs) | {'guard alone': ours},
-                parts=part, blocks=[1-(v-u)/(t-s) for (s, u), (t, v) in zip(at, at[1:])])
+    ms = median((v['train']-u['train'])/a.length for u, v in zip(at, at[1:]))*1000
+    return dict(batch=dmd.cfg.batch, log_every=every, iterations=n, ms=dict(bare=ms, guard=ms/(1-theirs)), share=dict(log=theirs-ours, guard=theirs) | {'guard alone': ours}, parts=part,
+                quartiles=dict(guard=[sorted(1-b['train'] for b in blocks)[i] for i in (len(blocks)//4, -1-len(blocks)//4)]))
 
 
 def side_by_side(a, new, cuda):
@@ -188,7 +184,7 @@ def main(a):
     print(f"{a.recipe}, batch {res['batch']}, {res['device']}, {'CUDA graphs' if graph else 'plain'}, torch {res['torch']}; {res['iterations']} iterations; {res['seconds']:.0f} s in all")
     for k, v in res['ms'].items(): print(f"{WORDS[k]:34} {v:8.3f} ms an iteration")
     for k, v in res['share'].items():
-        print(f"{WORDS[k]:34} {100*v:8.2f} % of the run's time" + (f" (middle half of the rounds {100*res['quartiles'][k][0]:.2f} to {100*res['quartiles'][k][1]:.2f} %)" if 'quartiles' in res else ''))
+        print(f"{WORDS[k]:34} {100*v:8.2f} % of the run's time" + (f" (middle half of the rounds {100*res['quartiles'][k][0]:.2f} to {100*res['quartiles'][k][1]:.2f} %)" if k in res.get('quartiles', ()) else ''))
     for k, v in sorted(res.get('parts', {}).items()): print(f"{'':6}{k:28} {100*v:8.2f} %")
     print(f"being watched changes no weight: {unchanged}")
 
