@@ -3,6 +3,8 @@ seeds, precision, recall, diversity, share of near copies, speed; before that th
 
     python data/make_emoji_table.py --teacher emoji32_teacher.safetensors --out DIR one=emoji32_1step.safetensors four=emoji32_4step.safetensors
 
+`--only students` leaves the teacher's part out, `--only teacher` the students', `--only speed` all but how long sampling takes; `--join FILE ...` puts
+tables of such parts into one. Speeds stand under the device's name.
 Writes DIR/emoji32_table.json as it goes, and DIR/emoji32_rows.png: the same eight noises down the rows (teacher at 1, 4 and 18 steps, then
 the students)."""
 import argparse, json, sys, time
@@ -78,7 +80,7 @@ class Table:
         res = {k: mean(k) for k in rows[0] if not k.endswith('_se') and k in rows[-1] and k!='n'} | {k: rows[0][k] for k in ('precision', 'recall', 'near', 'near_held')}
         for k in ('kid', 'kid_held'):
             if k in res: res[f'{k}_se'],res[f'{k}_seeds'] = mean(f'{k}_se'),[o[k] for o in rows]
-        self.res['models'][name] = facts | dict(nfe=nfe, n=self.a.n, diversity=self.spread(sampler)) | res | self.speed(sampler)
+        self.res['models'][name] = facts | dict(nfe=nfe, n=self.a.n, card=self.res['card'], diversity=self.spread(sampler)) | res | (self.speed(sampler) if self.device.type=='cuda' else {})
         print(name, {k: round(v, 4) for k,v in self.res['models'][name].items() if isinstance(v, float)}, f'{time.time()-t:.0f} s', flush=True)
         self.save()
 
@@ -95,25 +97,46 @@ class Table:
                 if self.device.type=='cuda': torch.cuda.synchronize()
                 times.append(time.perf_counter()-t)
             res[f'seconds_{b}'] = min(times[1:])
-        return res | dict(images_s=b/res[f'seconds_{b}'])
+        where = self.res['card'] if self.device.type=='cuda' else f'{torch.get_num_threads()} CPU cores'
+        return dict(speed={where: res | dict(images_s=b/res[f'seconds_{b}'])})
+
+def join(files, out):
+    "Parts of one table; of two rows of the same name the later counts"
+    parts = [json.loads(Path(f).read_text()) for f in files]
+    for f,p in zip(files, parts):
+        for k in ('n', 'seeds'):
+            if p[k]!=parts[0][k]: raise ValueError(f'{f}: {k} is {p[k]}, {files[0]} has {parts[0][k]}')
+    res = parts[0] | {k: next((p[k] for p in reversed(parts) if p.get(k)), None) for k in ('real', 'teacher')}
+    res |= {k: next(p[k] for p in reversed(parts) if p['teacher']) for k in ('sampler_seed', 'sampler_n')} if res['teacher'] else {}
+    models = {}
+    for p in parts:
+        for k,o in p['models'].items(): models[k] = models.get(k, {}) | o | dict(speed=models.get(k, {}).get('speed', {}) | o.get('speed', {}))
+    write_text(out/'emoji32_table.json', json.dumps(res | dict(models=models), indent=1)+'\n')
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     ap.add_argument('models', nargs='*', help='NAME=FILE'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.'))
     ap.add_argument('--n', type=int, default=10_000); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--sweep', type=int, default=5000, help='samples for the choice of the sampler')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    ap.add_argument('--steps', type=int, default=32, help="the teacher's, for its speed"); ap.add_argument('--only', choices=('students', 'teacher', 'speed'), help='one part of the table'); ap.add_argument('--join', nargs='+', metavar='FILE', help='tables to put together')
     a = ap.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
+    if a.join: return join(a.join, a.out)
     t = Table(a)
-    t.real()
+    if a.only!='speed': t.real()
     students = {}
-    for o in a.models:
+    for o in a.models if a.only!='teacher' else ():
         name,_,file = o.partition('=')
         D,facts = load_denoiser(file)
         students[name] = student_sampler(D.to(a.device).eval(), facts['levels']),facts['levels']
-        t.model(name, students[name][0], len(facts['levels']), levels=list(facts['levels']))
-    for name,o in zip(('teacher', 'teacher_stochastic'), t.samplers()):
+        if a.only=='speed': t.res['models'][name] = t.speed(students[name][0]); t.save()
+        else: t.model(name, students[name][0], len(facts['levels']), levels=list(facts['levels']))
+    if a.only=='speed':
+        t.res['models']['teacher'] = t.speed(teacher_sampler(t.T, a.steps)); t.save()
+        return print(json.dumps(t.res['models']))
+    for name,o in zip(('teacher', 'teacher_stochastic'), t.samplers()) if a.only!='students' else ():
         t.model(name, teacher_sampler(t.T, o['steps'], **(dict(CHURN, S_churn=o['churn']) if o['churn'] else {})), o['nfe'], steps=o['steps'], churn=o['churn'])
+    if a.only=='teacher': return
     rows = [teacher_sampler(t.T, s) for s in (1, 4, 18)]+[s for s,_ in students.values()]
     x = torch.stack([draw(s, t.data.shape, eval_conds(t.data, 12, seed=3), 3, device=t.device) for s in rows])
     r,n,_,h,w = x.shape

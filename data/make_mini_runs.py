@@ -49,9 +49,10 @@ NUMBERS = 'kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'kid_train', 'kid_train_
 LOSSES = 'dmd_loss', 'fake_loss', 'gan_g_loss', 'gan_d_loss', 'd_real', 'd_fake', 'x_mean', 'x_std', 'grad_dm', 'grad_gan', 'grad_cos', 'norm_g', 'norm_fake'
 ROWS = {**TABLE4, **ONE_STEP, 'shared': {}}  # shared: two adapters of rank 64 on one base in place of full copies
 
-SWEEP = {  # factor on all rates, and other settings
+SWEEP = {  # factor on all rates, and other settings; the guidance is the teacher's best unless named
     'rates_1': (1., {}), 'rates_4th': (1/4, {}), 'rates_16th': (1/16, {}), 'rates_4th_ratio_5': (1/4, dict(ttur=5)), 'rates_16th_ratio_5': (1/16, dict(ttur=5)),
-    'rates_4th_guidance_1': (1/4, dict(guidance=1.)), 'rates_16th_guidance_1': (1/16, dict(guidance=1.)), 'rates_4th_guidance_1.5': (1/4, dict(guidance=1.5))}
+    'rates_4th_low_noise': (1/4, dict(dm_bins=(20, 600))), 'rates_4th_high_noise': (1/4, dict(dm_bins=(200, 980))), 'rates_16th_low_noise': (1/16, dict(dm_bins=(20, 600))),
+    'rates_4th_guidance_1': (1/4, dict(guidance=1.)), 'rates_16th_guidance_1': (1/16, dict(guidance=1.)), 'rates_4th_guidance_2': (1/4, dict(guidance=2.))}
 
 
 def chosen(job):
