@@ -77,11 +77,11 @@ def guards():
 def cost():
     "What log, dashboard and guard take of two recipes on a CPU"
     with tempfile.TemporaryDirectory() as d:
-        for r, rounds in (('toy', 20), ('fashion16', 4)):
-            p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
+        for r, length, rounds in (('toy', 1000, 10), ('fashion16', 120, 5)):
+            p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--length', str(length), '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
             if p.returncode: sys.exit(p.stderr[-3000:])
         got = json.loads((Path(d)/'guard_cost.json').read_text())
-    return {n.split()[0]: dict(ms=round(o['ms']['bare'], 3), batch=o['batch'], same_weights=o['same_weights'], **{k: round(o['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()}) for n, o in got.items()}
+    return {n.split()[0]: dict(ms=round(o['ms']['bare'], 3), batch=o['batch'], iterations=o['iterations'], same_weights=o['same_weights'], parts={k: round(v, 5) for k, v in o['parts'].items()}, **{k: round(o['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()}) for n, o in got.items()}
 
 
 if __name__ == '__main__':
