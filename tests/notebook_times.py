@@ -55,6 +55,8 @@ def gpu_rows():
     yield f'| [26](nbs/26_emoji_dmd2.ipynb), teacher of emoji32 | all of it | {float(emoji[2])/60:.1f} min | H100, then H200 |'
     small, one = read('mini_teacher'), read('emoji32_long')['long']
     yield f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in one step | all of it, {one["g_updates"]:,} generator updates | {one["seconds"]/60:.1f} min | {one["card"].removeprefix("NVIDIA ")} |'
+    four = read('emoji32_four')['slower']
+    yield f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in four steps | all of it, {four["g_updates"]:,} generator updates; seconds alone on the card | {four["seconds"]/60:.1f} min | {four["card"].removeprefix("NVIDIA ")} |'
     yield f'| [39](nbs/39_mini_sdxl.ipynb), teacher of the small SDXL | all of it | {small["seconds"]/60:.1f} min | {small["device"].removeprefix("NVIDIA ")} |'
     yield f'| [23](nbs/23_imagenet64.ipynb), ImageNet-64, batch {step["batch"]} | one iteration, mean over a cycle of five | {step["ms"]/1000:.2f} s | {card} |'
     for name, what in (('bf16', 'one iteration within 14 GiB'), ('speed', 'one iteration, memory as it likes')):
