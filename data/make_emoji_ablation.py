@@ -239,14 +239,15 @@ class Bench:
                 if s: torch.cuda.empty_cache()
         print(f'{total:.0f} s alone in {time.time()-t0:.0f} s', flush=True)
 
-def collect(to, folder):
-    "Logs and settings of all rows in two files"
+def collect(to, folder, most=100):
+    "Logs and settings of all rows in two files; of a long log every second row, or third ..., and all evaluations"
     facts = {p.stem: json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))}
-    rows = [dict(run=n) | o for n in facts for o in read_log(Path(folder)/f'{n}.csv')]
+    logs = {n: read_log(Path(folder)/f'{n}.csv') for n in facts}
+    rows = [dict(run=n) | o for n,log in logs.items() for i,o in enumerate(log) if 'kid' in o or i%max(-(-len(log)//most), 1)==0]
     cols = [c for c in ('run', *LOGGED) if any(c in o for o in rows)]
     text = lambda v: '' if v is None else f'{v:.5g}' if isinstance(v, float) else str(v)
     Path(f'{to}.csv').write_text('\n'.join([','.join(cols), *(','.join(text(o.get(c)) for c in cols) for o in rows)])+'\n')
-    Path(f'{to}.json').write_text(json.dumps(facts, indent=1)+'\n')
+    Path(f'{to}.json').write_text('{\n'+',\n'.join(f'{json.dumps(n)}: {json.dumps(o)}' for n,o in facts.items())+'\n}\n')
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)

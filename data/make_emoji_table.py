@@ -3,7 +3,8 @@ seeds, precision, recall, diversity, share of near copies, speed; before that th
 
     python data/make_emoji_table.py --teacher emoji32_teacher.safetensors --out DIR one=emoji32_1step.safetensors four=emoji32_4step.safetensors
 
-`--only students` leaves the teacher's part out, `--only teacher` the students', `--only speed` all but how long sampling takes; `--join FILE ...` puts
+`--only students` leaves the teacher's part out, `--only teacher` the students', `--only speed` all but how long sampling takes, `--only rows` all but the
+picture; `--join FILE ...` puts
 tables of such parts into one. Speeds stand under the device's name.
 Writes DIR/emoji32_table.json as it goes, and DIR/emoji32_rows.png: the same eight noises down the rows (teacher at 1, 4 and 18 steps, then
 the students)."""
@@ -118,23 +119,23 @@ def main():
     ap.add_argument('models', nargs='*', help='NAME=FILE'); ap.add_argument('--teacher'); ap.add_argument('--out', type=Path, default=Path('.'))
     ap.add_argument('--n', type=int, default=10_000); ap.add_argument('--seeds', type=int, default=3); ap.add_argument('--sweep', type=int, default=5000, help='samples for the choice of the sampler')
     ap.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    ap.add_argument('--steps', type=int, default=32, help="the teacher's, for its speed"); ap.add_argument('--only', choices=('students', 'teacher', 'speed'), help='one part of the table'); ap.add_argument('--join', nargs='+', metavar='FILE', help='tables to put together')
+    ap.add_argument('--steps', type=int, default=32, help="the teacher's, for its speed"); ap.add_argument('--only', choices=('students', 'teacher', 'speed', 'rows'), help='one part of the table'); ap.add_argument('--join', nargs='+', metavar='FILE', help='tables to put together')
     a = ap.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     if a.join: return join(a.join, a.out)
     t = Table(a)
-    if a.only!='speed': t.real()
+    if a.only not in ('speed', 'rows'): t.real()
     students = {}
     for o in a.models if a.only!='teacher' else ():
         name,_,file = o.partition('=')
         D,facts = load_denoiser(file)
         students[name] = student_sampler(D.to(a.device).eval(), facts['levels']),facts['levels']
         if a.only=='speed': t.res['models'][name] = t.speed(students[name][0]); t.save()
-        else: t.model(name, students[name][0], len(facts['levels']), levels=list(facts['levels']))
+        elif a.only!='rows': t.model(name, students[name][0], len(facts['levels']), levels=list(facts['levels']))
     if a.only=='speed':
         t.res['models']['teacher'] = t.speed(teacher_sampler(t.T, a.steps)); t.save()
         return print(json.dumps(t.res['models']))
-    for name,o in zip(('teacher', 'teacher_stochastic'), t.samplers()) if a.only!='students' else ():
+    for name,o in zip(('teacher', 'teacher_stochastic'), t.samplers()) if a.only not in ('students', 'rows') else ():
         t.model(name, teacher_sampler(t.T, o['steps'], **(dict(CHURN, S_churn=o['churn']) if o['churn'] else {})), o['nfe'], steps=o['steps'], churn=o['churn'])
     if a.only=='teacher': return
     rows = [teacher_sampler(t.T, s) for s in (1, 4, 18)]+[s for s,_ in students.values()]

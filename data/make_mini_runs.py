@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -419,11 +420,24 @@ def finish_adapt(job, table, curves, sheets, facts):
     show('adapt', rows, ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds', 'updates_to_target'))
 
 
+def grain(y):
+    "Mean spread of bytes within the upper corners of pictures (n, h, w, 3), which most emoji leave white; the median over pictures"
+    return float(np.median([c.std(axis=(0, 1)).mean() for p in y for c in (p[:6,:6], p[:6,-6:])]))
+
+def edges(y):
+    "Mean difference of neighbouring pixels of pictures (n, h, w, 3), in bytes"
+    return float(np.mean([np.abs(np.diff(y, axis=k)).mean() for k in (1, 2)]))
+
+def cut(im, px, pad=4):
+    "Pictures of a sheet, (rows, columns, px, px, 3)"
+    x = np.asarray(im).astype(np.float32)
+    return np.stack([np.stack([x[i:i+px,j:j+px] for j in range(0, x.shape[1]-px+1, px+pad)]) for i in range(0, x.shape[0]-px+1, px+pad)])
+
 def collect(a):
     "The folder's logs as the files that the notebooks read, in data/runs"
     out, to = Path(a.out), Path(a.to)
     to.mkdir(parents=True, exist_ok=True)
-    for f in ('mini_teacher.json', 'mini_teacher.csv', 'mini_adapt.json'):
+    for f in ('mini_teacher.json', 'mini_teacher.csv'):
         if (out/f).is_file(): shutil.copy(out/f, to/f)
     found = {p.stem[5:]: json.loads(p.read_text()) for name in ROWS for p in sorted(out.glob(f'mini_{name}_[0-9].json'))}
     if found:
@@ -431,8 +445,8 @@ def collect(a):
         (to/'mini_rows.csv').unlink(missing_ok=True)
         log = CsvLog(to/'mini_rows.csv', ('run', 'step', 'seconds', *LOSSES, *NUMBERS))
         for n in found:
-            for j, r in enumerate(read_log(out/f'mini_{n}.csv')):  # judged rows and every third of the others, four digits
-                if 'kid' in r or j % 3 == 2: log.add(dict(run=n) | {k: v if k in ('step', 'n') else float(f'{v:.4g}') for k, v in r.items()})
+            for j, r in enumerate(read_log(out/f'mini_{n}.csv')):  # judged rows and every sixth of the others, four digits
+                if 'kid' in r or j % 6 == 5: log.add(dict(run=n) | {k: v if k in ('step', 'n') else float(f'{v:.4g}') for k, v in r.items()})
     swept = {p.stem[11:]: json.loads(p.read_text()) for p in sorted(out.glob('mini_sweep_*.json'))}
     if swept: write_text(to/'mini_sweep.json', json.dumps(swept, indent=1)+'\n')
     strips = [n for n in ('teacher', *(f'{k}_0' for k in ROWS)) if (out/f'mini_{n}.png').is_file()]
@@ -443,9 +457,14 @@ def collect(a):
         page = Image.new('RGB', (2*w+4, h*len(shots)), 'white')
         for j, im in enumerate(shots):
             for k in (0, 1): page.paste(im.crop((0, k*h, w, k*h+h)), (k*(w+4), j*h))
-        page.quantize(128, dither=Image.Dither.NONE).save(to/'mini_strips.png', optimize=True)
-        write_text(to/'mini_strips.json', json.dumps(dict(rows=strips, prompts=SHEET))+'\n')
-    if (out/'mini_adapt.png').is_file(): Image.open(out/'mini_adapt.png').convert('RGB').quantize(128, dither=Image.Dither.NONE).save(to/'mini_adapt.png', optimize=True)
+        page.save(to/'mini_strips.webp', quality=80, method=6)
+        px = json.loads((out/'mini_teacher.json').read_text())['px']
+        rows = [cut(im, px)[:2].reshape(-1, px, px, 3) for im in shots]
+        write_text(to/'mini_strips.json', json.dumps(dict(rows=strips, prompts=SHEET, grain=[grain(y) for y in rows], edges=[edges(y) for y in rows]))+'\n')
+    if (out/'mini_adapt.json').is_file():
+        o, im = json.loads((out/'mini_adapt.json').read_text()), Image.open(out/'mini_adapt.png').convert('RGB')
+        im.save(to/'mini_adapt.webp', quality=80, method=6)
+        write_text(to/'mini_adapt.json', json.dumps(o | dict(edges=[edges(y) for y in cut(im, o['px'])]), indent=1)+'\n')
     files = sorted(to.glob('mini_*'))
     for f in files: print(f'{f.name:<20}{f.stat().st_size:>10,} bytes  sha256 {sha256(f)[:12]}')
     print(f'{"together":<20}{sum(f.stat().st_size for f in files):>10,} bytes')

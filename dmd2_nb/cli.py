@@ -195,11 +195,10 @@ def distill_main(argv): # Words of the command line
     if a.nproc>1 and 'RANK' not in os.environ: from dmd2_nb.launch import launch_command; return launch_command('dmd2_nb.cli', 'distill_main', a.nproc, argv)
     from dmd2_nb.jobs import distill_job
     from dmd2_nb.parallel import setup
-    from dmd2_nb.recipes import config_changes, config_levels, with_reference
+    from dmd2_nb.recipes import config_changes, with_reference, with_steps
     _at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum, keep_every=a.keep_every)
     changes = config_changes(a.set) | {k: v for k in ('batch', 'ttur', 'rollout', 'seed') if (v := getattr(a, k)) is not None}
-    if (levels := config_levels(a.levels, a.steps)): changes['levels'] = levels
-    r = with_reference(_recipe(a), a.reference)
+    r = with_steps(with_reference(_recipe(a), a.reference), a.levels, a.steps)
     with setup(a.device, 7200, a.silence) as world:  # the others wait while the first process evaluates
         run = distill_job(r, a.teacher, a.out, a.name, a.overwrite, a.device, a.data, a.iters, a.eval_n, a.graph, a.compile, PICTURES,
                           keep_state=a.keep_state, world=world, accum=a.accum, begin=a.begin, guard=a.guard, **changes)

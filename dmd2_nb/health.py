@@ -20,9 +20,9 @@ SIGNALS = dict(  # name: (what it is, what it means when it is too low, when it 
     grad_cos=('cosine between the two gradients', 'the two pull against each other: lower gan_g', 'the two say the same: one of them would do'),
     calibration=("discriminator loss, in that of guessing", 'the discriminator knows too much: lower lr_head or gan_d', 'the discriminator does not learn: raise lr_head or gan_d'),
     critic_lag=("critic's error on fresh samples, in its training loss", 'fresh samples are easier than those it learns from: look at the conditions', 'the critic is behind its generator: raise ttur or lr_fake'),
-    brightness=('drift of the mean over the second half, in standard deviations', 'samples grow darker: lower lr_g or raise ttur', 'samples grow brighter: lower lr_g or raise ttur'),
-    contrast=('drift of the standard deviation over the second half, as a logarithm', 'samples grow flatter: lower lr_g or raise ttur', 'samples grow harsher: lower lr_g or raise ttur'),
-    ema_dist=('distance of the average from the generator, in its length', 'the average follows at once: raise ema_halflife', 'the generator wanders: lower lr_g or ema_halflife'))
+    brightness=('drift of the mean over the second half, in deviations', 'samples grow darker: lower lr_g or raise ttur', 'samples grow brighter: lower lr_g or raise ttur'),
+    contrast=('drift of the deviation over the second half, logarithm', 'samples grow flatter: lower lr_g or raise ttur', 'samples grow harsher: lower lr_g or raise ttur'),
+    ema_dist=('distance of the average from the generator, relative', 'the average follows at once: raise ema_halflife', 'the generator wanders: lower lr_g or ema_halflife'))
 
 def signals(
     rows:list,   # Of a log
@@ -95,9 +95,10 @@ class Health(list):
     def ok(self): return all(s.ok for s in self)
     def __str__(self):
         show = lambda v: '–' if v is None else f'{v:.3g}'
-        rows = [('', 'signal', 'value', f'good runs{self.kind and f" of {self.kind}"}', ''), *(('' if s.ok else '!', s.name, show(s.value), f'{show(s.low)} to {show(s.high)}', s.text) for s in self)]
+        rows = [('', 'signal', 'value', f'good runs{self.kind and f" of {self.kind}"}', 'what it is'),
+                *(('' if s.ok else '!', s.name, show(s.value), f'{show(s.low)} to {show(s.high)}', s.text.partition(': ')[0]) for s in self)]
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
-        return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows)
+        return '\n'.join(['  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows]+[f"{s.name}: {s.text.partition(': ')[2]}" for s in self if not s.ok])
     __repr__ = __str__
 
 def health(

@@ -127,7 +127,7 @@ def paper_judge(r, data, held=None, device='cpu', reference=None): # Recipe; ima
 # %% ../nbs/23_imagenet64.ipynb #30136d18
 def imagenet64_recipe(
     run:str='scratch',  # As for `imagenet64_config`
-    recipe:str='paper', # 'paper', 'pretrain', 'resume' or 'fastgen'
+    recipe:str='paper', # 'paper' or 'fastgen'
 )->Recipe:
     "All that a run needs besides the files"
     paper = recipe=='paper'

@@ -93,7 +93,7 @@ def svg_plot(
     if panel.line is not None and (panel.line>0 or not log): lo,hi = min(lo, y_of(panel.line)),max(hi, y_of(panel.line))
     gap = 0.06*(hi-lo) or 0.1*abs(hi) or 1.
     lo,hi,first,last = lo-gap,hi+gap,min(s[0][0] for s in data.values()),last or max(s[-1][0] for s in data.values())
-    left,top,wide,high = 44,22,w-52,h-40
+    left,top,wide,high = 50,22,w-58,h-40
     x = lambda v: left+wide*(v-first)/max(last-first, 1)
     y = lambda v: top+high*(1-(y_of(v)-lo)/(hi-lo))
     text = lambda px,py,t,more='': f'<text x="{px:.0f}" y="{py:.0f}" {more}>{html.escape(t)}</text>'

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['fashion16_config', 'emoji32_config', 'FOUR_STEPS', 'RECIPES', 'MORE', 'gan_weight', 'config_changes', 'config_levels',
-           'Recipe', 'recipe', 'with_reference', 'falling_rate']
+           'Recipe', 'recipe', 'with_reference', 'with_steps', 'falling_rate']
 
 # %% ../nbs/14b_recipes.ipynb #13613244
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib import import_module
 
@@ -77,6 +77,7 @@ class Recipe:
     holdout:float=0.        # Share of concepts kept from teacher, GAN and tuning
     flip:bool=False         # Mirror half of the images
     decay:float=0.          # Share of the distillation, at its end, over which all learning rates fall to a hundredth
+    four:dict=field(default_factory=dict) # What `--steps 4` changes besides the levels: fields of `config`, `iters`, `decay`
     n_watch:int=500         # Samples of the evaluations on the way
     bundled:bool=True       # Whether images and teacher come along; else they have to be given
     classes:tuple=()        # Names of the classes, where the image files know none
@@ -97,13 +98,14 @@ RECIPES = {r.data: r for r in (
            sampler=dict(steps=32), features='small_classifier', n_eval=2000,
            every=dict(log=10, show=160, save=160, eval=160), teacher_every=dict(log=50, show=2000, save=500, eval=0)),
     Recipe(data='emoji32', config=emoji32_config, iters=35_000, decay=0.4, holdout=0.1,
+           four=dict(lr_g=1e-4, lr_fake=3e-4, gan_g=0.03, dm_bins=(20,980), fake_bins=(0,999), iters=7000, decay=0.5),
            net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
                                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
            teacher=dict(steps=75_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
            sampler=dict(steps=18), features='lite0', n_eval=10_000, n_watch=2000,
            every=dict(log=50, show=1000, save=2500, eval=2500), teacher_every=dict(log=100, show=5000, save=5000, eval=2500)),
 )}
-RECIPES['emoji64'] = replace(RECIPES['emoji32'], data='emoji64', net=dict(
+RECIPES['emoji64'] = replace(RECIPES['emoji32'], data='emoji64', config=replace(emoji32_config, lr_g=1e-4, lr_fake=3e-4, lr_head=3e-4), net=dict(
     net='ADMUNet', args=dict(img_resolution=64, in_channels=3, out_channels=3, label_dim=23, model_channels=32, channel_mult=[1,2,3,4],
                              num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5))
 
@@ -127,6 +129,18 @@ def with_reference(
     if path is None: return r
     if not r.judge: raise ValueError(f"--reference {path}: '{r.data}' is compared with images, not with statistics")
     return replace(r, judge=partial(r.judge, reference=path))
+
+# %% ../nbs/14b_recipes.ipynb #b3eb8877
+def with_steps(
+    r:Recipe,    # What is known of the data set
+    levels=None, # Text such as '80,5,1.2,0.35', for levels of one's own
+    steps=None,  # 1 or 4
+)->Recipe:
+    "The recipe for so many steps of the generator"
+    levels,four = config_levels(levels, steps),r.four if steps==4 else {}
+    run = {k: v for k,v in four.items() if k in ('iters', 'decay')}
+    changes = {k: v for k,v in four.items() if k not in run} | (dict(levels=levels) if levels else {})
+    return replace(r, config=replace(r.config, **changes), **run)
 
 # %% ../nbs/14b_recipes.ipynb #3ad8b83a
 def falling_rate(
