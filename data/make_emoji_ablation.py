@@ -245,9 +245,10 @@ def collect(to, folder, most=100):
     logs = {n: read_log(Path(folder)/f'{n}.csv') for n in facts}
     rows = [dict(run=n) | o for n,log in logs.items() for i,o in enumerate(log) if 'kid' in o or i%max(-(-len(log)//most), 1)==0]
     cols = [c for c in ('run', *LOGGED) if any(c in o for o in rows)]
-    text = lambda v: '' if v is None else f'{v:.5g}' if isinstance(v, float) else str(v)
+    text = lambda v: '' if v is None else f'{v:.4g}' if isinstance(v, float) and abs(v)<1000 else f'{v:.0f}' if isinstance(v, float) else str(v)
     Path(f'{to}.csv').write_text('\n'.join([','.join(cols), *(','.join(text(o.get(c)) for c in cols) for o in rows)])+'\n')
-    Path(f'{to}.json').write_text('{\n'+',\n'.join(f'{json.dumps(n)}: {json.dumps(o)}' for n,o in facts.items())+'\n}\n')
+    near = lambda o: {k: near(v) for k,v in o.items()} if isinstance(o, dict) else float(f'{o:.6g}') if isinstance(o, float) else o
+    Path(f'{to}.json').write_text('{\n'+',\n'.join(f'{json.dumps(n)}: {json.dumps(near(o))}' for n,o in facts.items())+'\n}\n')
 
 def main():
     ap = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)

@@ -60,7 +60,7 @@ class Dashboard:
     def __init__(self,
         samples=None,    # Function that draws samples: images (n, c, h, w) in [-1, 1], or points (n, 2)
         reference=None,  # Points (m, 2) to lay below
-        file=None,       # HTML file to keep; while the run goes on it reloads itself
+        file=None,       # HTML file to keep; while the run goes on it reloads itself every 5 seconds, and is written no more often
         title='DMD2',    # Above the page
         loggers=(),      # Anything with `add(row)`: a `CsvLog`, `TensorBoardLog`, `WandbLog`
         every=0.5,       # Seconds between two drawings at least
@@ -71,7 +71,7 @@ class Dashboard:
     ):
         self.samples,self.reference,self.file,self.title,self.loggers = samples,reference,file and Path(file),title,tuple(loggers)
         self.log_every,self.panels,self.ncols = log_every,panels,ncols
-        self.drawing,self.sampling,self.filing,self.other = Pace(every, share),Pace(every, share),Pace(max(every, 2.), share),Pace(0., 1.)
+        self.drawing,self.sampling,self.filing,self.other = Pace(every, share),Pace(every, share),Pace(max(every, 5.), share),Pace(0., 1.)
         self.rows,self.x,self.handle,self.progress,self.done,self.ended = [],None,None,None,False,None
 
     # -- as the bar of `follow` --

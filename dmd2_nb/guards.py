@@ -9,6 +9,7 @@ __all__ = ['WATCHED', 'Alarm', 'Limits', 'nonfinite', 'check_weights', 'Guard', 
 # %% ../nbs/43_guards.ipynb #1d15e8e6
 import json, math
 from dataclasses import asdict, dataclass
+from itertools import islice
 from statistics import median
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from .backsim import simulate
 from .checkpoint import one_move, write_text
-from .core import cond_index, cond_map, rng
-from .fake_score import fake_score_loss
+from .core import append_dims, at_least_float32, cond_cat, cond_index, cond_map, rng
 from .health import health
-from .noise import sample_sigma
+from .logs import floats
+from .noise import add_noise, loss_weight, sample_sigma
 
 # %% ../nbs/43_guards.ipynb #cc158c61
 class Alarm(ValueError):
@@ -42,14 +43,15 @@ class Limits:
     lag:float=1.25   # Critic's error on fresh samples, in that on the samples it has just learnt from
 
 # %% ../nbs/43_guards.ipynb #058eeac3
+@torch.no_grad()
 def nonfinite(
     nets:dict, # Networks by name
 )->list: # Names of those with a weight that is not finite
     "Which networks are broken; one transfer for all"
-    ts = {n: [t.detach() for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()] for n,m in nets.items()}
+    ts = {n: [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()] for n,m in nets.items()}
     if not any(ts.values()): return []
-    lengths = torch.stack([o.float() for o in torch._foreach_norm([t for v in ts.values() for t in v])])
-    return [] if math.isfinite(lengths.sum()) else [n for n,v in ts.items() if not all(t.isfinite().all() for t in v)]
+    lengths = torch.stack(torch._foreach_norm([t for v in ts.values() for t in v]))
+    return [] if math.isfinite(lengths.float().sum()) else [n for n,v in ts.items() if not all(t.isfinite().all() for t in v)]
 
 def check_weights(
     nets:dict, # Networks by name
@@ -61,9 +63,7 @@ def check_weights(
 # %% ../nbs/43_guards.ipynb #c1b6d00a
 WATCHED = tuple('dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss norm_g norm_fake x_mean x_std d_real d_fake'.split())
 
-def _mean(rows, k):
-    v = [o[k] for o in rows if k in o]
-    return sum(v)/len(v) if v else None
+def _mean(cols, k): return sum(cols[k])/len(cols[k]) if k in cols else None
 
 # %% ../nbs/43_guards.ipynb #41db72a4
 class Guard:
@@ -72,13 +72,13 @@ class Guard:
         dmd,             # `DMD2` run
         ref=None,        # Mean and standard deviation of the data; those of the first samples when absent
         limits=Limits(), # What is still healthy
-        every:int=10,    # Iterations between two looks at the log; every fourth one is also at all weights
+        every:int=10,    # Iterations between two looks at the log; every fifth one is also at all weights
         n:int=128,       # Fresh samples, at most a batch
-        apart:int=20,    # Iterations between two looks at the critic
+        apart:int=30,    # Iterations between two looks at the critic
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
-        self.pending,self.rows,self.probes,self.low,self.suspect,self.lag,self.given,self.start = [],[],[],0,False,None,None,0.
+        self.pending,self.seen,self.probes,self.low,self.suspect,self.lag,self.dist,self.given,self.start,self.draws = [],[],[],0,False,None,None,None,0.,{}
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
     def note(self, step):
@@ -90,40 +90,49 @@ class Guard:
 
     def __call__(self, log:dict):
         "Take note of one iteration"
-        self.pending.append((self.dmd.step, self.level(), {k: log[k] for k in WATCHED if k in log}))
+        self.pending.append((self.dmd.step, log))
         if self.dmd.step%self.every==0: self.look()
 
     def watch(self, logs):
         "The same iterations, looked at"
         for log in logs: self(log); yield log
 
-    def level(self):
-        "The generator's step that the last iteration trained"
-        if len(self.dmd.sigmas)==1: return 0
-        self.dmd.step -= 1
+    def level(self, step):
+        "The generator's step that was trained in the iteration that ended at `step`"
+        if len(self.dmd.cfg.levels)==1: return 0
+        now,self.dmd.step = self.dmd.step,step-1
         try: return self.dmd.k
-        finally: self.dmd.step += 1
+        finally: self.dmd.step = now
 
     def collect(self):
         "Numbers of the iterations since the last look: one transfer"
-        if not self.pending: return
-        values = iter(torch.stack([v.float() for *_,d in self.pending for v in d.values()]).tolist())
-        self.rows = (self.rows + [dict(step=s, level=k, **{n: next(values) for n in d}) for s,k,d in self.pending])[-50:]
+        names = [[k for k in WATCHED if k in log] for _,log in self.pending]
+        values = iter(floats([log[k] for (_,log),ks in zip(self.pending, names) for k in ks]))
+        self.seen = [*self.seen, *((s, ks, [*islice(values, len(ks))]) for (s,_),ks in zip(self.pending, names))][-50:]
         self.pending = []
+
+    @property
+    def rows(self)->list: # Of dicts
+        "The last 50 iterations, one by one"
+        return [dict(step=s, level=self.level(s)) | dict(zip(ks, vs)) for s,ks,vs in self.seen]
 
     def look(self):
         "All four, the worst first"
         self.collect()
-        new,closely = [o for o in self.rows if o['step']>self.dmd.step-self.every],self.alone and (self.suspect or self.dmd.step%self.apart==0)
+        step,new = self.dmd.step,{}
+        for s,ks,vs in self.seen[-self.every:]:
+            if s>step-self.every:
+                for k,v in zip(ks, vs): new.setdefault(k, []).append(v)
         self.finite(new)
-        if self.dmd.step%(4*self.every)==0: self.weights()
+        if step%(5*self.every)==0: self.weights()
         self.brightness(new); self.discriminator(new)
-        if closely: self.critic()
+        if self.alone and (self.suspect or (step+self.every)%self.apart==0): self.critic()
 
     def finite(self, new):
-        scaled = self.dmd.scaler_fake.is_enabled()
-        for o in new:
-            bad = [k for k,v in o.items() if not math.isfinite(v) and not (scaled and k.startswith('norm_') and any(math.isfinite(p.get(k, math.inf)) for p in self.rows))]
+        if math.isfinite(sum(map(sum, new.values()))): return
+        rows,scaled = self.rows,self.dmd.scaler_fake.is_enabled()
+        for o in (o for o in rows if o['step']>self.dmd.step-self.every):
+            bad = [k for k,v in o.items() if not math.isfinite(v) and not (scaled and k.startswith('norm_') and any(math.isfinite(p.get(k, math.inf)) for p in rows))]
             if bad: raise Alarm('non-finite', o['step'], f"{', '.join(f'{k} is {o[k]}' for k in bad)}; try lower learning rates")
 
     def weights(self):
@@ -155,9 +164,10 @@ class Guard:
         self.suspect = False
         if len(past)<2: return
         m = median(past)
-        usual = max(m, 0.) + max(math.log(self.limits.lag), 4.4*median(abs(p-m) for p in past), 2.4/len(self.given[0][:self.n])**0.5)  # three standard deviations; few samples scatter more
+        least = max(m, 0.)
+        usual = least + max(math.log(self.limits.lag), 4.4*median(abs(p-m) for p in past), 2.4/len(self.given[0][:self.n])**0.5)  # three standard deviations; few samples scatter more
         last = [math.log(f/s) for _,f,s in self.probes[-2:]]
-        self.suspect = last[1]>usual
+        self.suspect = last[1]>(least+usual)/2
         if sum(last)>2*usual:
             raise Alarm('critic', self.dmd.step, f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake')
 
@@ -165,40 +175,47 @@ class Guard:
     def errors(self)->tuple: # On fresh samples, on those of the last iteration
         "The fake score's loss twice, with the same noise; the run's own random streams are left alone"
         d,(x,cond) = self.dmd,self.given
-        n,k = min(self.n, len(x)),self.level()
-        g = lambda i: rng(d.cfg.seed, d.step, 100+i, device=d.device)
-        noise = lambda i: torch.randn(n, *d.shape, generator=g(i), device=d.device)
-        rows = torch.randperm(len(x), generator=rng(d.cfg.seed, d.step, 99))[:n].to(x.device)
-        def both(x, cond, noises, sigma, eps):
+        n,k = min(self.n, len(x)),self.level(d.step)
+        at = d.step//self.every*n % (len(x)-n+1)
+        rows = slice(at, at+n)  # other ones each time
+        if (n, k) not in self.draws:  # once for all looks, so that two differ by the networks alone
+            g = rng(d.cfg.seed, k, 100, device=d.device)
+            self.draws[n, k] = torch.randn(k+2, n, *d.shape, generator=g, device=d.device),sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g, device=d.device)
+        def both(x, cond, noises, sigma):
             with d.cast():
-                y = d.G(*simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:])), cond)
-                return torch.stack([fake_score_loss(d.fake, o, sigma, cond, eps) for o in (y, x)])
+                y = d.G(*simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:-1])), cond)
+                x0,sigma,eps,cond = at_least_float32(torch.cat((y.to(x), x))),torch.cat((sigma, sigma)),torch.cat((noises[-1], noises[-1])),cond_cat(cond, cond)  # one pass for both
+                err = at_least_float32(d.fake(add_noise(x0, sigma, eps), sigma, cond))-x0
+                return (append_dims(loss_weight(d.fake, sigma), x0)*err**2).unflatten(0, (2, n)).flatten(1).mean(1)
         go = getattr(d, '_replay', lambda key,f,*args: f(*args))  # recorded once where the run is a CUDA graph
-        sigma = sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g(90), device=d.device)
-        return tuple(go(('errors', k), both, x[rows], cond_index(cond, rows), [noise(i) for i in range(k+1)], sigma, noise(91)).tolist())
+        return tuple(go(('errors', k), both, x[rows], cond_index(cond, rows), *self.draws[n, k]).tolist())
 
     def numbers(self)->dict:
-        "For a log row: the critic's lag, and how far the average is from the generator"
+        "For a log row: how far the average is from the generator, measured every 50 iterations at most, and the critic's lag if it was looked at"
         if not self.alone: return {}
         lag,self.lag = self.lag,None
-        return dict(ema_dist=distance(self.dmd.ema.net, self.dmd.G)) | ({} if lag is None else dict(critic_lag=lag))
+        if self.dist is None or self.dmd.step-self.dist[0]>=5*self.every: self.dist = [self.dmd.step, distance(self.dmd.ema.net, self.dmd.G)]
+        return dict(ema_dist=self.dist[1]) | ({} if lag is None else dict(critic_lag=lag))
 
     def state(self)->dict:
         "JSON-able, so that a resumed run is watched like an unbroken one"
         self.collect()
-        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, ref=self.ref, start=self.start)
+        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, dist=self.dist, ref=self.ref, start=self.start)
     def load(self, state:dict):
         "Go on from `state()`"
-        for k,v in (state or {}).items(): setattr(self, k, v)
+        for k,v in (state or {}).items():
+            if k=='rows': self.seen = [(o['step'], ks := [k for k in WATCHED if k in o], [o[k] for k in ks]) for o in v]
+            else: setattr(self, k, v)
         self.pending = []
 
 # %% ../nbs/43_guards.ipynb #1fa2a470
 @torch.no_grad()
 def distance(a, b)->float: # Two networks of one kind
     "How far two networks are apart, in the length of the second"
-    pairs = [(p.detach(), q.detach().to(p.device, p.dtype)) for p,q in zip(a.parameters(), b.parameters())]
-    length = lambda ts: torch.stack([o.float() for o in torch._foreach_norm(ts)]).norm()
-    return (length(torch._foreach_sub([p for p,_ in pairs], [q for _,q in pairs]))/length([q for _,q in pairs]).clamp(min=1e-30)).item()
+    ps = [*a.parameters()]
+    qs = [q.to(p.device, p.dtype) for p,q in zip(ps, b.parameters())]
+    apart,length = torch.stack(torch._foreach_norm([*torch._foreach_sub(ps, qs), *qs])).float().view(2, -1).norm(dim=1).tolist()
+    return apart/max(length, 1e-30)
 
 # %% ../nbs/43_guards.ipynb #63703337
 def write_alarm(

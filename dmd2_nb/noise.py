@@ -48,8 +48,9 @@ def check_sigmas(
     s = torch.as_tensor(sigmas, dtype=torch.get_default_dtype() if not isinstance(sigmas, Tensor) else sigmas.dtype)
     if s.ndim!=1 or len(s)==0: raise ValueError(f'levels must be a non-empty list, got shape {tuple(s.shape)}')
     if s.is_cuda: return s  # values are checked on the CPU only: looking at them would wait for the GPU
-    if not (s>0).all() or not s.isfinite().all(): raise ValueError(f'levels must be finite and above 0, got {s.tolist()}')
-    if len(s)>1 and not (s[1:]<s[:-1]).all(): raise ValueError(f'levels must fall, got {s.tolist()}')
+    v = s.tolist()
+    if not all(0<o<float('inf') for o in v): raise ValueError(f'levels must be finite and above 0, got {v}')
+    if any(b>=a for a,b in zip(v, v[1:])): raise ValueError(f'levels must fall, got {v}')
     return s
 
 # %% ../nbs/03_noise.ipynb #f3c91719

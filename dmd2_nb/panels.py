@@ -16,8 +16,8 @@ from torch import Tensor
 from .plot import tile
 
 # %% ../nbs/40a_panels.ipynb #4206c3f6
-_n = [i/8 for i in range(-40, 41)]
-_w = [math.exp(-n*n/2)/8/math.sqrt(2*math.pi) for n in _n]
+_n = [i/4 for i in range(-20, 21)]
+_w = [math.exp(-n*n/2)/4/math.sqrt(2*math.pi) for n in _n]
 
 def calibrated_loss(
     d_real:float, # Mean logit of real samples
@@ -54,7 +54,7 @@ def derived(
     if row.get('grad_dm') and 'grad_gan' in row: res['gan/dm'] = row['grad_gan']/row['grad_dm']
     if 'd_real' in row and 'd_fake' in row:
         res['calibrated'] = calibrated_loss(row['d_real'], row['d_fake'])
-        res |= {f'p_{k}': torch.tensor(row[f'd_{k}']).sigmoid().item() for k in ('real', 'fake')}
+        res |= {f'p_{k}': (1+math.tanh(row[f'd_{k}']/2))/2 for k in ('real', 'fake')}
     return res
 
 # %% ../nbs/40a_panels.ipynb #0d1a36b4

@@ -2,6 +2,7 @@
 
 Prints one line of JSON: memory and open files along the way, and what logging and watching cost."""
 import gc, io, json, os, sys, time
+from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 here = Path(__file__).resolve().parent
@@ -17,21 +18,21 @@ torch.set_num_threads(1)
 
 
 class Clock:
-    "CPU time of what is wrapped: other people's processes don't count"
-    def __init__(self): self.spent = dict(train=0., guard=0., save=0., facts=0.)
+    "Time of what is wrapped; CPU time by default: other people's processes don't count"
+    def __init__(self, now=time.process_time): self.spent, self.now = Counter(), now
     def each(self, name, it):
         it = iter(it)
         while True:
-            begun = time.process_time()
+            begun = self.now()
             try: o = next(it)
             except StopIteration: return
-            finally: self.spent[name] += time.process_time()-begun
+            finally: self.spent[name] += self.now()-begun
             yield o
     def call(self, name, f):
         def g(*args, **kwargs):
-            begun = time.process_time()
+            begun = self.now()
             try: return f(*args, **kwargs)
-            finally: self.spent[name] += time.process_time()-begun
+            finally: self.spent[name] += self.now()-begun
         return g
 
 

@@ -5,26 +5,31 @@
 
 On a GPU three runs of one seed go on side by side, some iterations each in turn: bare, with log and dashboard, and with the guard too. A turn of
 the bare run is what the next turns of the others are compared with; the median over all rounds is given, and how far the rounds scatter. On
-a CPU, where other processes disturb more than there is to measure, one run's own calls are timed, in CPU time (`--turns` for the former).
+a CPU, where other processes disturb more than there is to measure, one run's own calls are timed (`--turns` for the former).
 Before that, a watched run and a bare one are compared with deterministic algorithms: they must have the same weights, bit by bit."""
 import argparse, json, os, sys, tempfile, threading, time, traceback
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/'data'), str(ROOT/'tests')]
 import torch
 
+from _long_work import Clock
+from dmd2_nb import guards
 from dmd2_nb.core import cond_to
 from dmd2_nb.dashboard import Dashboard
 from dmd2_nb.distill import DMD2
 from dmd2_nb.guards import Guard
 from dmd2_nb.images import to_float
 from dmd2_nb.jobs import COLUMNS, first_networks, open_data, open_teacher
+from dmd2_nb.logs import CsvLog, Means
 from dmd2_nb.recipes import recipe
 from dmd2_nb.runs import Run, batches, cond_batches, follow
 from dmd2_nb.train import train
@@ -59,7 +64,7 @@ def images(name, device, graph):
     return dmd, cond_batches(data, cfg.batch, cfg.seed+2, 0, device), batches(data, cfg.batch, cfg.seed+1, 0, device), (x.mean().item(), x.std().item()), r.every['log']
 
 
-def settings(a, dmd): return {} if a.recipe == 'toy' else dict(n=min(64, max(16, dmd.cfg.batch//2)), apart=30)  # as in `distill_job`
+def settings(a, dmd): return {} if a.recipe == 'toy' else dict(n=min(64, max(16, dmd.cfg.batch//2)))  # as in `distill_job`
 
 
 class Turns:
@@ -113,24 +118,35 @@ def alike(a, new, n):
 
 
 def hooks(a, new):
-    "CPU time of a whole run, of its training and of its guard; the rest is log and dashboard"
-    from _long_work import Clock
-    (dmd, conds, reals, ref, every), n, clock = new(), a.length*a.rounds, Clock()
+    "Time of one run: of its training, and of what watching consists of. The median over blocks of `length` iterations; the first drawing and the last are left out"
+    (dmd, conds, reals, ref, every), n, clock, at = new(), a.length*a.rounds, Clock(time.perf_counter), []
     guard = Guard(dmd, ref, **settings(a, dmd))
     call, numbers = clock.call('guard', guard.__call__), clock.call('guard', guard.numbers)
     def logs():
-        for log in clock.each('train', train(dmd, conds, n, reals)): call(log); yield log
-    with tempfile.TemporaryDirectory() as d:
-        begun = time.process_time()
-        follow(logs(), Run(Path(d)), COLUMNS, n, log_every=every, show='dmd_loss fake_loss', extra=lambda: dict(g_updates=dmd.g_updates) | numbers(), bar=Dashboard(file=Path(d)/'run.html').bar)
-        total = time.process_time()-begun
-    return dict(batch=dmd.cfg.batch, log_every=every, iterations=n, ms=dict(bare=1000*clock.spent['train']/n, guard=1000*total/n),
-                share=dict(log=(total-clock.spent['train']-clock.spent['guard'])/total, guard=1-clock.spent['train']/total) | {'guard alone': clock.spent['guard']/total})
+        for i, log in enumerate(clock.each('train', train(dmd, conds, n, reals))):
+            call(log)
+            if i % a.length == 0: at.append(clock.spent | dict(total=clock.now()))
+            yield log
+        at.append(clock.spent | dict(total=clock.now()))
+    with tempfile.TemporaryDirectory() as d, ExitStack() as wrapped:
+        board = Dashboard(file=Path(d)/'run.html')
+        for part, o, name in (('critic', guard, 'critic'), ('weights', guard, 'weights'), ('weights', guards, 'distance'), ('numbers', guard, 'collect'), ('means', Means, 'take'),
+                              ('file', CsvLog, 'add'), ('dashboard', board, 'row'), ('dashboard', board, 'update')):
+            wrapped.enter_context(patch.object(o, name, clock.call(part, getattr(o, name))))
+        follow(logs(), Run(Path(d)), COLUMNS, n+1, log_every=every, show='dmd_loss fake_loss', extra=lambda: dict(g_updates=dmd.g_updates) | numbers(), bar=board.bar)
+    blocks = [{k: (v[k]-u.get(k, 0))/(v['total']-u['total']) for k in v} for u, v in zip(at, at[1:])]
+    part = {k: median(b.get(k, 0.) for b in blocks) for k in at[-1] if k != 'total'}
+    ours, theirs = part.pop('guard'), 1-part.pop('train')
+    part['rest of the guard'] = ours-sum(part[k] for k in ('critic', 'weights', 'numbers'))  # the looks at brightness and discriminator, the bookkeeping
+    part['rest of the log'] = theirs-ours-sum(part[k] for k in ('means', 'file', 'dashboard'))  # the loop of `follow`
+    ms = median((v['train']-u['train'])/a.length for u, v in zip(at, at[1:]))*1000
+    return dict(batch=dmd.cfg.batch, log_every=every, iterations=n, ms=dict(bare=ms, guard=ms/(1-theirs)), share=dict(log=theirs-ours, guard=theirs) | {'guard alone': ours}, parts=part,
+                quartiles=dict(guard=[sorted(1-b['train'] for b in blocks)[i] for i in (len(blocks)//4, -1-len(blocks)//4)]))
 
 
 def side_by_side(a, new, cuda):
     "Three runs in turns"
-    turns, runs = Turns(KINDS, a.length, a.warm+a.rounds, time.perf_counter, torch.cuda.synchronize if cuda else lambda: None), {k: new() for k in KINDS}
+    turns, runs = Turns(KINDS, a.length, a.warm+a.rounds, time.perf_counter if cuda else time.process_time, torch.cuda.synchronize if cuda else lambda: None), {k: new() for k in KINDS}
     with tempfile.TemporaryDirectory() as d:
         def bare():
             dmd, conds, reals, *_ = runs['bare']
@@ -168,7 +184,8 @@ def main(a):
     print(f"{a.recipe}, batch {res['batch']}, {res['device']}, {'CUDA graphs' if graph else 'plain'}, torch {res['torch']}; {res['iterations']} iterations; {res['seconds']:.0f} s in all")
     for k, v in res['ms'].items(): print(f"{WORDS[k]:34} {v:8.3f} ms an iteration")
     for k, v in res['share'].items():
-        print(f"{WORDS[k]:34} {100*v:8.2f} % of the run's time" + (f" (middle half of the rounds {100*res['quartiles'][k][0]:.2f} to {100*res['quartiles'][k][1]:.2f} %)" if 'quartiles' in res else ''))
+        print(f"{WORDS[k]:34} {100*v:8.2f} % of the run's time" + (f" (middle half of the rounds {100*res['quartiles'][k][0]:.2f} to {100*res['quartiles'][k][1]:.2f} %)" if k in res.get('quartiles', ()) else ''))
+    for k, v in sorted(res.get('parts', {}).items()): print(f"{'':6}{k:28} {100*v:8.2f} %")
     print(f"being watched changes no weight: {unchanged}")
 
 

@@ -77,15 +77,25 @@ def guards():
 def cost():
     "What log, dashboard and guard take of two recipes on a CPU"
     with tempfile.TemporaryDirectory() as d:
-        for r, rounds in (('toy', 20), ('fashion16', 4)):
-            p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
+        for r, length, rounds in (('toy', 1000, 10), ('fashion16', 120, 5)):
+            p = subprocess.run([sys.executable, str(here/'gpu_guard_cost.py'), '--recipe', r, '--device', 'cpu', '--length', str(length), '--rounds', str(rounds), '--check', '32', '--out', d], capture_output=True, text=True, env=env)
             if p.returncode: sys.exit(p.stderr[-3000:])
         got = json.loads((Path(d)/'guard_cost.json').read_text())
-    return {n.split()[0]: dict(ms=round(o['ms']['bare'], 3), batch=o['batch'], same_weights=o['same_weights'], **{k: round(o['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()}) for n, o in got.items()}
+    return {n.split()[0]: dict(ms=round(o['ms']['bare'], 3), batch=o['batch'], iterations=o['iterations'], same_weights=o['same_weights'], parts={k: round(v, 5) for k, v in o['parts'].items()}, **{k: round(o['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()}) for n, o in got.items()}
+
+
+def gpu():
+    "What `gpu_resume.py` and `gpu_guard_cost.py` stored in data/runs"
+    read = lambda n: json.loads((out.parent/f'{n}.json').read_text())
+    again, cost = read('resume_gpu'), read('guard_cost')
+    cost = next(o for n, o in cost.items() if n.startswith('emoji32'))
+    killed = [k for o in again['runs'].values() for k in o['killed']]
+    return dict(device=again['device'], killed=len(killed), same=sum(k['same'] for k in killed), unbroken_agree=all(o['unbroken_agree'] for o in again['runs'].values()), cost_device=cost['device'],
+                ms=round(cost['ms']['bare'], 2), same_weights=cost['same_weights'], **{k: round(cost['share'][n], 5) for k, n in dict(log='log', guard='guard alone', all='guard').items()})
 
 
 if __name__ == '__main__':
-    parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards, cost=cost)
+    parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards, cost=cost, gpu=gpu)
     for n in sys.argv[1:] or parts:
         res = parts[n]()
         was = json.loads(out.read_text()) if out.exists() else {}
