@@ -1,10 +1,11 @@
 """The small SDXL of notebook 39 on a GPU: its teacher, then the rows of the paper's Table 4 and others, sized by time. Logs, sheets and
 float16 weights go to OUT as they come, and the last lines say what there is.
 
-    python data/make_mini_runs.py teacher --seconds 330 --batch 128 --limit 560 --out DIR
-    python data/make_mini_runs.py sweep --seconds 14 --limit 200 --out DIR     # short runs of `full` under another seed; rows and adapt take the settings with the lowest kid
-    python data/make_mini_runs.py rows --seconds 50 --limit 560 --seeds 0,1 --only full,no_gan,no_matching,no_backsim --out DIR   # seconds a row
-    python data/make_mini_runs.py rows --seconds 50 --limit 560 --only one_step_399,one_step_999,shared --out DIR
+    python data/make_mini_runs.py teacher --seconds 250 --batch 128 --limit 560 --out DIR
+    python data/make_mini_runs.py sweep --seconds 35 --limit 560 --out DIR     # short runs of `full` under another seed; rows and adapt take the settings with the lowest kid, or without a sweep the package's
+    python data/make_mini_runs.py rows --seconds 60 --limit 560 --seeds 0,1 --only full,no_gan,no_matching,no_backsim --out DIR   # seconds a row; again until all are there
+    python data/make_mini_runs.py rows --seconds 60 --limit 560 --seeds 0,1 --only one_step_399,one_step_999 --out DIR
+    python data/make_mini_runs.py rows --seconds 60 --limit 560 --only shared --out DIR
     python data/make_mini_runs.py adapt --seconds 50 --limit 560 --out DIR     # after the row `shared`: three starts for a teacher fine-tuned on one style
     python data/make_mini_runs.py collect --out DIR     # what notebooks 39 and 39b read, as a few files in data/runs
     for w in teacher sweep rows adapt; do python data/make_mini_runs.py $w --tiny --seconds 3 --out DIR; done   # CPU
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -49,6 +51,8 @@ NUMBERS = 'kid', 'kid_se', 'patch_kid', 'patch_kid_se', 'kid_train', 'kid_train_
 LOSSES = 'dmd_loss', 'fake_loss', 'gan_g_loss', 'gan_d_loss', 'd_real', 'd_fake', 'x_mean', 'x_std', 'grad_dm', 'grad_gan', 'grad_cos', 'norm_g', 'norm_fake'
 ROWS = {**TABLE4, **ONE_STEP, 'shared': {}}  # shared: two adapters of rank 64 on one base in place of full copies
 
+FIRST = dict(lr_g=2e-4, lr_fake=4e-4, lr_head=1e-3)  # the rates that the sweep's factors are of, with a ratio of 2
+FIRST_LORA = FIRST | dict(lr_g=1e-3, lr_fake=1e-3)
 SWEEP = {  # factor on all rates, and other settings; the guidance is the teacher's best unless named
     'rates_1': (1., {}), 'rates_4th': (1/4, {}), 'rates_16th': (1/16, {}), 'rates_4th_ratio_5': (1/4, dict(ttur=5)), 'rates_16th_ratio_5': (1/16, dict(ttur=5)),
     'rates_4th_low_noise': (1/4, dict(dm_bins=(20, 600))), 'rates_4th_high_noise': (1/4, dict(dm_bins=(200, 980))), 'rates_16th_low_noise': (1/16, dict(dm_bins=(20, 600))),
@@ -56,18 +60,19 @@ SWEEP = {  # factor on all rates, and other settings; the guidance is the teache
 
 
 def chosen(job):
-    "Settings of the sweep's run with the lowest kid, or none"
+    "Name of the sweep's run with the lowest kid, or none"
     found = {p.stem.removeprefix('mini_sweep_'): json.loads(p.read_text())['row'] for p in job.out.glob('mini_sweep_*.json')}
     found = {n: r for n, r in found.items() if n in SWEEP}
-    if not found: return 'none', (1., {})
+    if not found: return
     best = min(found, key=lambda n: found[n]['kid'])
     job.say(f'sweep: {best} of {len(found)} has the lowest kid,', digits({n: r['kid'] for n, r in found.items()}))
-    return best, SWEEP[best]
+    return best
 
-def settle(cfg, choice):
-    "A config with such settings"
-    factor, more = choice
-    return replace(cfg, **{k: getattr(cfg, k)*factor for k in ('lr_g', 'lr_fake', 'lr_head')}, **more)
+def settle(cfg, name, shared=False):
+    "A config with the settings of a run of the sweep; unchanged without one"
+    if name is None: return cfg
+    factor, more = SWEEP[name]
+    return replace(cfg, **{k: v*factor for k, v in (FIRST_LORA if shared else FIRST).items()}, **dict(ttur=2) | more)
 
 
 class Job:
@@ -209,8 +214,8 @@ def teacher(a):
 def student(job, name, seed, folder, graph):
     "One row"
     a, (m, guidance), shared = job.a, job.model, name == 'shared'
-    pick, choice = (name.removeprefix('sweep_'), SWEEP[name.removeprefix('sweep_')]) if name.startswith('sweep_') else job.choice
-    cfg = replace(settle(replace(mini_lora_config if shared else mini_config, seed=seed, guidance=guidance), choice), **ROWS.get(name, {}), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
+    pick = name.removeprefix('sweep_') if name.startswith('sweep_') else job.choice
+    cfg = replace(settle(replace(mini_lora_config if shared else mini_config, seed=seed, guidance=guidance), pick, shared), **ROWS.get(name, {}), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
     cfg = replace(cfg, **config_changes(a.set))
     D = load_mini(folder, a.device).denoiser()
     if shared and a.graph: D.net.unet.to(torch.bfloat16)
@@ -239,7 +244,7 @@ def student(job, name, seed, folder, graph):
     if seed == 0 and name in a.keep.split(','):
         steps = [int((sdxl_sigmas()-s).abs().argmin()) for s in cfg.levels]
         (export_lora if shared else export_unet)(dmd.ema.net.net, job.out/f'mini_{full}', steps)
-    job.note(full, row=end, seconds=rows[-1]['seconds'], iterations=dmd.step, updates=dmd.g_updates, batch=cfg.batch, ttur=cfg.ttur, lr_g=cfg.lr_g, gan_g=cfg.gan_g, seed=seed, levels=list(cfg.levels),
+    job.note(full, row=end, seconds=rows[-1]['seconds'], iterations=dmd.step, updates=dmd.g_updates, batch=cfg.batch, ttur=cfg.ttur, lr_g=cfg.lr_g, lr_fake=cfg.lr_fake, lr_head=cfg.lr_head, gan_g=cfg.gan_g, dm_bins=list(cfg.dm_bins), seed=seed, levels=list(cfg.levels),
              guidance=cfg.guidance, px=m.px, graph=graph, device=a.card, chosen=pick, decay=a.decay)
 
 
@@ -250,7 +255,7 @@ def rows(a):
     names = a.only.split(',') if a.only else list(known)
     for name in names:
         if name not in known: raise ValueError(f"'{name}' is none of {', '.join(known)}")
-    job.choice = ('none', (1., {})) if sweep else chosen(job)
+    job.choice = None if sweep else chosen(job)
     m = load_mini(folder, a.device)
     facts = json.loads((folder/'state.json').read_text())['facts']
     if m.px != job.train.shape[-1]: raise ValueError(f'{folder} draws {m.px} pixels, the images have {job.train.shape[-1]}: pass --px {m.px}')
@@ -351,7 +356,7 @@ def adaptation(a):
     save_mini(m, job.out/'mini_style', style=a.style)
     conds = m.cond(job.prompts)
     texts, pictures = MiniData(conds), MiniData(conds, x[0])
-    cfg = replace(settle(replace(mini_lora_config, guidance=guidance), chosen(job)[1]), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
+    cfg = replace(settle(replace(mini_lora_config, guidance=guidance), chosen(job), shared=True), **(dict(batch=8, warmup_fake=2) if a.tiny else {}))
     cfg = replace(cfg, **config_changes(a.set))
     rank, curves = 4 if a.tiny else 64, {}
     def fresh():
@@ -415,11 +420,24 @@ def finish_adapt(job, table, curves, sheets, facts):
     show('adapt', rows, ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds', 'updates_to_target'))
 
 
+def grain(y):
+    "Mean spread of bytes within the upper corners of pictures (n, h, w, 3), which most emoji leave white; the median over pictures"
+    return float(np.median([c.std(axis=(0, 1)).mean() for p in y for c in (p[:6,:6], p[:6,-6:])]))
+
+def edges(y):
+    "Mean difference of neighbouring pixels of pictures (n, h, w, 3), in bytes"
+    return float(np.mean([np.abs(np.diff(y, axis=k)).mean() for k in (1, 2)]))
+
+def cut(im, px, pad=4):
+    "Pictures of a sheet, (rows, columns, px, px, 3)"
+    x = np.asarray(im).astype(np.float32)
+    return np.stack([np.stack([x[i:i+px,j:j+px] for j in range(0, x.shape[1]-px+1, px+pad)]) for i in range(0, x.shape[0]-px+1, px+pad)])
+
 def collect(a):
     "The folder's logs as the files that the notebooks read, in data/runs"
     out, to = Path(a.out), Path(a.to)
     to.mkdir(parents=True, exist_ok=True)
-    for f in ('mini_teacher.json', 'mini_teacher.csv', 'mini_adapt.json'):
+    for f in ('mini_teacher.json', 'mini_teacher.csv'):
         if (out/f).is_file(): shutil.copy(out/f, to/f)
     found = {p.stem[5:]: json.loads(p.read_text()) for name in ROWS for p in sorted(out.glob(f'mini_{name}_[0-9].json'))}
     if found:
@@ -427,7 +445,8 @@ def collect(a):
         (to/'mini_rows.csv').unlink(missing_ok=True)
         log = CsvLog(to/'mini_rows.csv', ('run', 'step', 'seconds', *LOSSES, *NUMBERS))
         for n in found:
-            for r in read_log(out/f'mini_{n}.csv'): log.add(dict(run=n) | r)
+            for j, r in enumerate(read_log(out/f'mini_{n}.csv')):  # judged rows and every sixth of the others, four digits
+                if 'kid' in r or j % 6 == 5: log.add(dict(run=n) | {k: v if k in ('step', 'n') else float(f'{v:.4g}') for k, v in r.items()})
     swept = {p.stem[11:]: json.loads(p.read_text()) for p in sorted(out.glob('mini_sweep_*.json'))}
     if swept: write_text(to/'mini_sweep.json', json.dumps(swept, indent=1)+'\n')
     strips = [n for n in ('teacher', *(f'{k}_0' for k in ROWS)) if (out/f'mini_{n}.png').is_file()]
@@ -438,9 +457,14 @@ def collect(a):
         page = Image.new('RGB', (2*w+4, h*len(shots)), 'white')
         for j, im in enumerate(shots):
             for k in (0, 1): page.paste(im.crop((0, k*h, w, k*h+h)), (k*(w+4), j*h))
-        page.quantize(256, dither=Image.Dither.NONE).save(to/'mini_strips.png', optimize=True)
-        write_text(to/'mini_strips.json', json.dumps(dict(rows=strips, prompts=SHEET))+'\n')
-    if (out/'mini_adapt.png').is_file(): Image.open(out/'mini_adapt.png').convert('RGB').quantize(256, dither=Image.Dither.NONE).save(to/'mini_adapt.png', optimize=True)
+        page.save(to/'mini_strips.webp', quality=80, method=6)
+        px = json.loads((out/'mini_teacher.json').read_text())['px']
+        rows = [cut(im, px)[:2].reshape(-1, px, px, 3) for im in shots]
+        write_text(to/'mini_strips.json', json.dumps(dict(rows=strips, prompts=SHEET, grain=[grain(y) for y in rows], edges=[edges(y) for y in rows]))+'\n')
+    if (out/'mini_adapt.json').is_file():
+        o, im = json.loads((out/'mini_adapt.json').read_text()), Image.open(out/'mini_adapt.png').convert('RGB')
+        im.save(to/'mini_adapt.webp', quality=80, method=6)
+        write_text(to/'mini_adapt.json', json.dumps(o | dict(edges=[edges(y) for y in cut(im, o['px'])]), indent=1)+'\n')
     files = sorted(to.glob('mini_*'))
     for f in files: print(f'{f.name:<20}{f.stat().st_size:>10,} bytes  sha256 {sha256(f)[:12]}')
     print(f'{"together":<20}{sum(f.stat().st_size for f in files):>10,} bytes')
