@@ -40,11 +40,11 @@ def test_job_passes_its_recipes_decay(tmp_path, monkeypatch):
 def test_brightness_counts_from_the_start():
     dmd = tiny()
     guard = Guard(dmd, (0.615, 0.538))
-    dark = [dict(x_mean=torch.tensor(0.05), x_std=torch.tensor(0.34))]
+    dark = dict(x_mean=[0.05], x_std=[0.34])  # as `look` gives them
     guard.brightness(dark)  # a copy of the teacher's single guess: nothing has been trained yet
     dmd.g_updates = 1
     guard.brightness(dark)
-    with pytest.raises(Alarm, match='brightness'): guard.brightness([dict(x_mean=torch.tensor(-0.6), x_std=torch.tensor(0.34))])
+    with pytest.raises(Alarm, match='brightness'): guard.brightness(dict(x_mean=[-0.6], x_std=[0.34]))
     other = Guard(dmd, (0.615, 0.538))
     other.load(guard.state())
     other.brightness(dark)
