@@ -40,7 +40,7 @@ class Limits:
     mean:float=1.    # Mean of the samples may move away from the data's by so many of the data's standard deviations
     std:float=2.     # Standard deviation of the samples, in the data's
     d_loss:float=0.3 # Discriminator loss as a part of 2 log 2, that of guessing; below, it knows and teaches nothing
-    lag:float=1.25   # Critic's error on fresh samples, in that on the samples it has just learnt from
+    lag:float=1.25   # Critic's error on fresh samples over that on those it has just learnt from may grow by this factor over what is usual; by more where looks scatter or samples are few
 
 # %% ../nbs/43_guards.ipynb #058eeac3
 @torch.no_grad()
@@ -74,7 +74,7 @@ class Guard:
         limits=Limits(), # What is still healthy
         every:int=10,    # Iterations between two looks at the log; every fifth one is also at all weights
         n:int=128,       # Fresh samples, at most a batch
-        apart:int=30,    # Iterations between two looks at the critic
+        apart:int=30,    # Iterations between two looks at the critic; a multiple of `every`
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
@@ -117,7 +117,7 @@ class Guard:
         return [dict(step=s, level=self.level(s)) | dict(zip(ks, vs)) for s,ks,vs in self.seen]
 
     def look(self):
-        "All four, the worst first"
+        "Numbers at each look, weights and critic when they are due; the worst first"
         self.collect()
         step,new = self.dmd.step,{}
         for s,ks,vs in self.seen[-self.every:]:

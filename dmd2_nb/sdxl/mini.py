@@ -280,6 +280,6 @@ class MiniData:
 # %% ../../nbs/39_mini_sdxl.ipynb #eb343acd
 mini_config = replace(sdxl_lora_config, batch=64, ttur=5, lr_g=1.25e-5, lr_fake=2.5e-5, lr_head=6.25e-5, betas_g=(0.,0.99), betas_fake=(0.,0.99), lr_warmup=50,
                       gan_g=0.02, gan_d=0.04, guidance=2., warmup_fake=100, ema_halflife=50., dtype='auto')
-mini_lora_config = replace(mini_config, lr_g=6.25e-5, lr_fake=6.25e-5)  # for adapters, whose product counts alpha/rank
+mini_lora_config = replace(mini_config, lr_g=6.25e-5, lr_fake=6.25e-5)  # adapters: their product is scaled by alpha/rank (8/64 here), so they need larger rates
 TABLE4 = dict(full={}, no_gan=dict(gan_g=0., gan_d=0.), no_matching=dict(w_dm=0.), no_backsim=dict(rollout='real'))
 ONE_STEP = {f'one_step_{t}': dict(levels=sdxl_sigmas((t,)).tolist()) for t in (399, 999)}
