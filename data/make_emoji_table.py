@@ -3,9 +3,8 @@ seeds, precision, recall, diversity, share of near copies, speed; before that th
 
     python data/make_emoji_table.py --teacher emoji32_teacher.safetensors --out DIR one=emoji32_1step.safetensors four=emoji32_4step.safetensors
 
-`--only students` leaves the teacher's part out, `--only teacher` the students', `--only speed` all but how long sampling takes, `--only rows` all but the
-picture; `--join FILE ...` puts
-tables of such parts into one. Speeds stand under the device's name.
+`--only students` leaves the teacher's part out, `--only teacher` the students', `--only speed` all but how long sampling takes,
+`--only rows` all but the picture; `--join FILE ...` puts tables of such parts into one. Speeds stand under the device's name.
 Writes DIR/emoji32_table.json as it goes, and DIR/emoji32_rows.png: the same eight noises down the rows (teacher at 1, 4 and 18 steps, then
 the students)."""
 import argparse, json, sys, time
@@ -24,6 +23,7 @@ from dmd2_nb.recipes import recipe
 from dmd2_nb.weights import load_denoiser
 from emoji_rows import spread
 
+FIRST = 100  # seed of the first sheet; no choice was made on it and those after it
 CHURN = dict(S_min=0.05, S_max=50., S_noise=1.003)
 
 def near(x, real, rmse=20, block=1000):
@@ -70,10 +70,10 @@ class Table:
 
     def model(self, name, sampler, nfe, **facts):
         t,rows = time.time(),[]
-        for seed in range(100, 100+self.a.seeds):  # no choice was made on these
+        for seed in range(FIRST, FIRST+self.a.seeds):
             x = draw(sampler, self.data.shape, eval_conds(self.data, self.a.n, seed), seed, device=self.device)
             row = self.judge(x)
-            if seed==100:
+            if seed==FIRST:
                 p,r = precision_recall(self.judge.extract(x), next(iter(self.refs.values())))
                 row |= dict(precision=p, recall=r, near=near(x[:2000], self.images), near_held=near(x[:2000], self.held.images.to(self.device)))
             rows.append(row)
@@ -81,7 +81,7 @@ class Table:
         res = {k: mean(k) for k in rows[0] if not k.endswith('_se') and k in rows[-1] and k!='n'} | {k: rows[0][k] for k in ('precision', 'recall', 'near', 'near_held')}
         for k in ('kid', 'kid_held'):
             if k in res: res[f'{k}_se'],res[f'{k}_seeds'] = mean(f'{k}_se'),[o[k] for o in rows]
-        self.res['models'][name] = facts | dict(nfe=nfe, n=self.a.n, card=self.res['card'], diversity=self.spread(sampler)) | res | (self.speed(sampler) if self.device.type=='cuda' else {})
+        self.res['models'][name] = facts | dict(nfe=nfe, n=self.a.n, first_seed=FIRST, card=self.res['card'], diversity=self.spread(sampler)) | res | (self.speed(sampler) if self.device.type=='cuda' else {})
         print(name, {k: round(v, 4) for k,v in self.res['models'][name].items() if isinstance(v, float)}, f'{time.time()-t:.0f} s', flush=True)
         self.save()
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from .backsim import simulate
 from .checkpoint import one_move, write_text
-from .core import append_dims, at_least_float32, cond_cat, cond_index, cond_map, rng
+from .core import cond_cat, cond_index, cond_map, rng
+from .denoiser import dsm_errors
 from .health import health
 from .logs import floats
-from .noise import add_noise, loss_weight, sample_sigma
+from .noise import sample_sigma
 
 # %% ../nbs/43_guards.ipynb #cc158c61
 class Alarm(ValueError):
@@ -184,9 +185,8 @@ class Guard:
         def both(x, cond, noises, sigma):
             with d.cast():
                 y = d.G(*simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:-1])), cond)
-                x0,sigma,eps,cond = at_least_float32(torch.cat((y.to(x), x))),torch.cat((sigma, sigma)),torch.cat((noises[-1], noises[-1])),cond_cat(cond, cond)  # one pass for both
-                err = at_least_float32(d.fake(add_noise(x0, sigma, eps), sigma, cond))-x0
-                return (append_dims(loss_weight(d.fake, sigma), x0)*err**2).unflatten(0, (2, n)).flatten(1).mean(1)
+                twice = torch.cat((y.to(x), x)),torch.cat((sigma, sigma)),cond_cat(cond, cond),torch.cat((noises[-1], noises[-1]))  # one pass for both
+                return dsm_errors(d.fake, *twice).unflatten(0, (2, n)).flatten(1).mean(1)
         go = getattr(d, '_replay', lambda key,f,*args: f(*args))  # recorded once where the run is a CUDA graph
         return tuple(go(('errors', k), both, x[rows], cond_index(cond, rows), *self.draws[n, k]).tolist())
 

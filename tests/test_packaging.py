@@ -13,11 +13,19 @@ cfg = ini['DEFAULT']
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
 scripts = dict(o.split('=') for o in cfg['console_scripts'].split())
 has_cli = (root/'nbs'/'90_cli.ipynb').exists()
-max_wheel = 25_000_000
+max_wheel, max_tracked = 25_000_000, 36_000_000
 
 
 def bare(requirement): return re.sub(r'[-_.]+', '-', re.split(r'[<>=!~;\[ ]', requirement)[0]).lower()
 def blocks(): return re.findall(r'^```bash\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'), re.M | re.S)
+
+
+def test_tracked_files_fit():
+    "All that git tracks, so that it can be sent to a GPU together with wheels and data"
+    if not (root/'.git').exists(): pytest.skip('no git checkout')
+    names = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, check=True).stdout.decode().split('\0')
+    size = sum((root/n).stat().st_size for n in names if n and (root/n).is_file())
+    assert 1_000_000 < size < max_tracked, f'{size/1e6:.1f} MB'
 
 
 # README and requirements
