@@ -13,7 +13,7 @@ cfg = ini['DEFAULT']
 extras = {k.removesuffix('_requirements'): v.split() for k, v in cfg.items() if k.endswith('_requirements')}
 scripts = dict(o.split('=') for o in cfg['console_scripts'].split())
 has_cli = (root/'nbs'/'90_cli.ipynb').exists()
-max_wheel, max_tracked = 25_000_000, 36_000_000
+max_wheel, max_tracked = 25_000_000, 45_000_000
 
 
 def bare(requirement): return re.sub(r'[-_.]+', '-', re.split(r'[<>=!~;\[ ]', requirement)[0]).lower()
