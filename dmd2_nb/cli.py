@@ -89,7 +89,7 @@ def save_figure(
 ):
     "Write the figure of some axes in one move, and close it"
     import matplotlib.pyplot as plt
-    from dmd2_nb.checkpoint import one_move
+    from dmd2_nb.system.atomic import one_move
     fig = getattr(ax, 'figure', None) or ax[0].figure
     try:
         with one_move(path) as tmp: fig.savefig(tmp, dpi=120)
@@ -241,7 +241,7 @@ def sample_main(argv): # Words of the command line
 def save_sheet(images, path, scale=None): # Bytes; file to write; pixels a pixel is drawn with, chosen when absent
     "Images side by side, pixel by pixel"
     from PIL import Image
-    from dmd2_nb.checkpoint import one_move
+    from dmd2_nb.system.atomic import one_move
     from dmd2_nb.plot import tile
     k = scale or max(1, 64//images.shape[-1])
     sheet = tile(images.repeat_interleave(k, -1).repeat_interleave(k, -2), ncols=max(4, round(len(images)**0.5)), pad=4)

@@ -15,7 +15,7 @@ import csv, hashlib, json, os, time
 import torch
 from torch import Tensor
 
-from .checkpoint import write_text
+from .system.atomic import write_text
 from .core import rng
 from .evaluate import plus_minus, table
 from .features import Features, extract

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import making, naming, write_text
+from .system.atomic import making, naming, write_text
 from .panels import PANELS, derived, figure, img, legend, present, svg_plot, svg_points
 from .runs import Means, Progress
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .assets import data_path, sha256
-from .checkpoint import one_move
+from .system.atomic import one_move
 from .core import cond_index, cond_len, cond_to, rng
 from .images import ImageData, stream_rows, to_float, to_uint8
 from .metrics import frechet, kid

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .assets import cache_folder, check_sha256, data_path, sha256
-from .checkpoint import check_fit, load_into, read_tensors
+from .system.tensors import check_fit, load_into, read_tensors
 from .feature_nets import Lite0, SmallClassifier
 from .images import open_images, to_uint8
 

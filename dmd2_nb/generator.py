@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .assets import data_path
-from .checkpoint import write_text
+from .system.atomic import write_text
 from .core import rng
 from .noise import check_sigmas
 from .sampling import few_step_sample

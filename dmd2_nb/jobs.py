@@ -15,7 +15,8 @@ import json, shutil, tempfile, warnings
 import torch
 
 from .assets import data_path, sha256
-from .checkpoint import load_folder, load_into, load_last, newest, save_step, steps
+from .system.checkpoint import load_folder, load_last, newest, save_step, steps
+from .system.tensors import load_into
 from .core import cond_index, cond_to, default_device, to_device
 from .distill import DMD2
 from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler

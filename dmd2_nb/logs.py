@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import naming, write_text
+from .system.atomic import naming, write_text
 
 # %% ../nbs/19a_logs.ipynb #0b83ff69
 class CsvLog:

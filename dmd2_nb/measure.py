@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from . import __version__
 from .assets import sha256
-from .checkpoint import write_text
+from .system.atomic import write_text
 from .core import rng
 from .evaluate import draw, eval_conds, plus_minus, table
 from .features import Features, extract, feature_extractor

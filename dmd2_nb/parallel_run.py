@@ -18,7 +18,9 @@ import torch.distributed as dist
 from .core import compute_dtype, cond_index, cond_len, cond_map
 from .denoiser import Guided
 from .noise import check_sigmas
-from .checkpoint import _digest, _signed, check_sums, fsync, load_into, load_optim, optim_tensors, read_state, read_tensors, shard_index, write_text
+from .system.atomic import fsync, write_text
+from .system.checkpoint import _digest, _signed, check_sums, load_optim, optim_tensors, read_state
+from .system.tensors import load_into, read_tensors, shard_index
 from .distill import DMD2
 from .parallel import World, all_ranks_same, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
 from .train import check_run, load_state, put_state, run_nets, run_state, save_state

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_into
+from .system.tensors import load_into
 from .features import read_weights
 
 # %% ../nbs/37a_presets.ipynb #1691fd25

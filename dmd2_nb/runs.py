@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import fsync, making, naming, write_text
+from .system.atomic import fsync, making, naming, write_text
 from .core import cond_map
 from .images import image_batches, stream_rows, to_float
 from .logs import CsvLog, Means, read_log

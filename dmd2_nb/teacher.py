@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import check_fit, load_folder, load_into, load_optim, optim_tensors, read_tensors, save_folder
+from .system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
+from .system.tensors import check_fit, load_into, read_tensors
 from .core import EMA, compute_dtype, cond_map, cond_to, rng
 from .denoiser import EDMPrecond, dsm_loss
 from .gan import GanHead

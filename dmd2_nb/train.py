@@ -14,7 +14,8 @@ import random
 import numpy as np
 import torch
 
-from .checkpoint import load_folder, load_into, load_optim, optim_tensors, save_folder
+from .system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
+from .system.tensors import load_into
 from .core import EMA
 from .distill import DMD2, DMD2Config
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .core import to_device
-from .checkpoint import check_fit, load_into, one_move, read_tensors
+from .system.atomic import one_move
+from .system.tensors import check_fit, load_into, read_tensors
 from .denoiser import EDMPrecond
 
 # %% ../nbs/15a_weights.ipynb #272a71ff

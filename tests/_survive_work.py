@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dmd2_nb import cli, jobs, recipes
-from dmd2_nb.checkpoint import load_folder, read_tensors, steps
+from dmd2_nb.system.checkpoint import load_folder, steps
+from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 net = dict(net='UNet', args=dict(img_resolution=8, in_channels=1, label_dim=10, channels=[4], emb=8), sigma_data=0.6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmd2_nb import cli, jobs, recipes, runs
-from dmd2_nb.checkpoint import read_tensors
+from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 resource = pytest.importorskip('resource', reason='full disks are acted by a limit of POSIX')

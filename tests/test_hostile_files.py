@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmd2_nb.checkpoint import MAX_HEADER, load_folder, read_tensors, save_folder, shard_index
+from dmd2_nb.system.checkpoint import load_folder, save_folder
+from dmd2_nb.system.tensors import MAX_HEADER, read_tensors, shard_index
 from dmd2_nb.core import checked
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2Config, toy_config

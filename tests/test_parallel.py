@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import _parallel_work as work
-from dmd2_nb.checkpoint import load_folder
+from dmd2_nb.system.checkpoint import load_folder
 from dmd2_nb.distill import DMD2
 from dmd2_nb.launch import launch
 from dmd2_nb.train import load_state, save_state

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd2_nb import checkpoint
-from dmd2_nb.checkpoint import load_folder, newest, read_tensors, save_folder, save_step, steps
+from dmd2_nb.system import atomic, checkpoint
+from dmd2_nb.system.checkpoint import load_folder, newest, save_folder, save_step, steps
+from dmd2_nb.system.tensors import read_tensors
 
 posix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the runs are forked')
 both = pytest.mark.parametrize('job', ['distill', 'train_teacher'])
@@ -84,15 +85,15 @@ def test_full_disk(seen):
 
 def test_to_the_disk_before_the_name(tmp_path, monkeypatch):
     "Every file and the folder are synced before the rename, the parent after it"
-    done, fsync, rename = [], checkpoint.fsync, Path.rename
-    monkeypatch.setattr(checkpoint, 'fsync', lambda p: (done.append(('fsync', Path(p).name)), fsync(p))[1])
+    done, fsync, rename = [], atomic.fsync, Path.rename
+    for m in (atomic, checkpoint): monkeypatch.setattr(m, 'fsync', lambda p: (done.append(('fsync', Path(p).name)), fsync(p))[1])
     monkeypatch.setattr(Path, 'rename', lambda p, q: (done.append(('rename', p.name, Path(q).name)), rename(p, q))[1])
     save_step(tmp_path, 7, lambda p: save_folder(p, dict(a=dict(w=torch.ones(2)), b=dict(w=torch.ones(2))), {}))
     i = done.index(('rename', 'step-7.tmp', 'step-7'))
     assert {('fsync', n) for n in ('a.safetensors', 'b.safetensors', 'state.json', 'step-7.tmp')} <= set(done[:i])
     assert done[i+1:] == [('fsync', tmp_path.name)]
     done.clear()
-    checkpoint.write_text(tmp_path/'x.json', '{}')
+    atomic.write_text(tmp_path/'x.json', '{}')
     assert len(done) == 2 and 'tmp' in done[0][1] and done[1] == ('fsync', tmp_path.name)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-from ..checkpoint import load_into, read_tensors, write_text
+from ..system.atomic import write_text
+from ..system.tensors import load_into, read_tensors
 from ..gan import GanHead
 from .adapter import SDXL_UNET, CondUNet, EpsDenoiser, make_unet, make_vae
 from .conditioning import tiny_text_encoders

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_tensors, write_text
+from ..system.atomic import write_text
+from ..system.tensors import read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
 from .conditioning import SDXLCond, TextEncoders, encode_prompts, micro_ids
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import load_folder, load_into, load_optim, newest, optim_tensors, save_folder
+from ..system.checkpoint import load_folder, load_optim, newest, optim_tensors, save_folder
+from ..system.tensors import load_into
 from ..core import cond_cat, cond_to, compute_dtype, rng
 from ..distill import trainable
 from ..noise import check_sigmas, prior

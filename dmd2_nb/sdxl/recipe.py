@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import nn, Tensor
 
-from ..checkpoint import newest
+from ..system.checkpoint import newest
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
 from ..sampling import few_step_states
