@@ -21,7 +21,7 @@ floors = {
     2: 'panels preference denoiser sampling dmd gan unet features safe_pickle',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core assets image_files fused signals system.checkpoint',
-    -1: 'system.tensors',
+    -1: 'system.tensors system.plan',
     -2: 'system.atomic',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
