@@ -23,7 +23,7 @@ from .fid import clip_score, compare_features, frechet_jackknife, lpips_diversit
 from .grids import ComparisonGrid, gallery, pil
 from .image_files import center_patch, folder_images
 from .presets import PRESETS, Preset, open_pipeline, sample
-from .safe_pickle import read_pickle
+from .system.safe_pickle import read_pickle
 
 # %% ../nbs/37_coco_eval.ipynb #623c4d98
 def read_prompts(

@@ -21,7 +21,7 @@ from .gan import GanHead
 from .graphs import CudaGraph
 from .nets import one_hot
 from .noise import lognormal_sigmas
-from .safe_pickle import Thing, module_state, read_pickle
+from .system.safe_pickle import Thing, module_state, read_pickle
 from .weights import build_denoiser, load_denoiser, modest, save_denoiser
 
 # %% ../nbs/22_teacher.ipynb #70d353cc

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.gan import GanHead
 from dmd2_nb.noise import karras_sigmas
-from dmd2_nb.safe_pickle import RefusedPickle, Thing, module_state, read_pickle, write_edm_pickle
+from dmd2_nb.system.safe_pickle import RefusedPickle, Thing, module_state, read_pickle, write_edm_pickle
 from dmd2_nb.teacher import edm_imagenet64_kwargs, load_dmd2_edm, load_edm, to_safetensors
 from dmd2_nb.unet import ADMUNet, SongUNet
 

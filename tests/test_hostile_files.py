@@ -19,7 +19,7 @@ from dmd2_nb.image_files import ImageZip
 from dmd2_nb.images import in_memory
 from dmd2_nb.nets import ToyNet
 from dmd2_nb.runs import claim_run
-from dmd2_nb.safe_pickle import MAX_OPS, RefusedPickle, read_pickle
+from dmd2_nb.system.safe_pickle import MAX_OPS, RefusedPickle, read_pickle
 from dmd2_nb.train import load_state, save_state
 from dmd2_nb.weights import load_denoiser, save_denoiser
 
