@@ -18,11 +18,11 @@ floors = {
     5: 'train recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
-    2: 'panels preference denoiser sampling dmd gan unet features safe_pickle',
+    2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core assets image_files fused signals system.checkpoint',
     -1: 'system.tensors system.plan',
-    -2: 'system.atomic',
+    -3: 'system.atomic system.zips system.safe_pickle',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 only_shown = {'plot', 'panels', 'dashboard'}  # for notebooks, cli and one another

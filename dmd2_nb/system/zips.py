@@ -95,7 +95,7 @@ class checked_zip:
             if max_entry and size>max_entry:
                 raise ValueError(f"'{name[:80]}' claims {size:,} bytes, over the limit of {max_entry:,}")
         if max_bytes and total>max_bytes:
-            raise ValueError(f'it claims to unpack to {total:,} bytes, over the limit of {max_bytes:,}: a decompression bomb')
+            raise ValueError(f'it claims {total:,} bytes, over the limit of {max_bytes:,}: a decompression bomb')
         if max_bytes and total>FREE_BYTES and total>MAX_RATIO*packed:
             raise ValueError(f'it claims {total:,} bytes out of {packed:,}: refused as a decompression bomb')
 
@@ -137,7 +137,8 @@ def npz_names(
     path, # .npz file
 )->list:
     "Names of the arrays of a file; nothing is unpacked"
-    with checked_zip(path, lambda n: n.endswith('.npy')) as z: return [n.removesuffix('.npy') for n in z.names]
+    with checked_zip(path, lambda n: n.endswith('.npy')) as z:
+        return [n.removesuffix('.npy') for n in z.names]
 
 def read_npz(
     path,                 # .npz file
