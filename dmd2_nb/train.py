@@ -8,7 +8,7 @@ __all__ = ['train', 'save_state', 'load_state', 'random_states', 'put_random_sta
 
 # %% ../nbs/15_train.ipynb #454fd863
 from dataclasses import asdict
-from itertools import islice, repeat
+from itertools import count
 import random
 
 import numpy as np
@@ -16,23 +16,58 @@ import torch
 
 from .system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
 from .system.tensors import load_into
-from .core import EMA
+from .core import EMA, batch_stream, check_number, check_torch, cond_len, cond_map, cond_to, torch_settings
 from .distill import DMD2, DMD2Config
 
 # %% ../nbs/15_train.ipynb #cfe62908
 def train(
     dmd:DMD2,   # Networks, optimisers and step count
-    conds,      # Iterator of conditions for the generator; None for none
-    steps:int,  # Iterations, that is fake-score updates
-    reals=None, # Iterator of real `(x, cond)`, for the GAN
+    conds,      # Iterator, list or `DataLoader` of conditions for the generator; None for none
+    steps:int,  # Iterations, that is fake-score updates; None for as many as there are batches
+    reals=None, # The same of real `(x, cond)`, for the GAN and for inputs from real data
 ): # Yields a dict of detached tensors after each iteration
     "Two time scales: the fake score learns every iteration, the generator every `ttur`-th (DMD2, section 4.2)"
-    for cond in islice(repeat(None) if conds is None else conds, steps):
-        real = next(reals) if reals is not None else None
+    steps = _ready(dmd, steps, reals)
+    times = count() if steps is None else range(steps)
+    for _,cond,real in zip(times, batch_stream('conds', conds, steps), batch_stream('reals', reals, steps)):
+        cond,real = _check_batch(dmd, cond, real)
         if dmd.from_real(): cond = real[1]
         x,log = dmd.generator_step(cond, real) if dmd.generators_turn() else (dmd.generate(cond, real), {})
         log |= dmd.fake_step(x, cond, real)
         yield log
+
+# %% ../nbs/15_train.ipynb #a15c0e02
+def _ready(dmd, steps, reals):
+    "What a run needs, before its first batch; the number of iterations"
+    check_torch(next(dmd.G.parameters()).dtype)
+    if reals is None and dmd.cfg.gan_d: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+    if reals is None and dmd.cfg.rollout!='sim' and len(dmd.sigmas)>1:
+        raise ValueError(f"rollout '{dmd.cfg.rollout}' needs real batches: pass reals to train")
+    return steps if steps is None else check_number('steps', steps, 0, whole=True)
+
+def _check_batch(dmd, cond, real):
+    "Conditions and a real batch that fit the run, on its device"
+    cond = cond_to(cond, dmd.device)
+    if cond is not None and not cond_len(cond): raise ValueError('a batch of conds is empty')
+    if real is None: return cond, None
+    if not isinstance(real, (tuple, list)) or len(real)!=2: raise ValueError(f'a batch of reals is a pair (x, cond), got one {type(real).__name__}')
+    x,labels = real
+    if not torch.is_tensor(x) or not x.is_floating_point():
+        what = x.dtype if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f'real samples must be a floating-point tensor, images in [-1, 1], got {what}')
+    if tuple(x.shape[1:])!=tuple(dmd.shape) or not len(x): raise ValueError(f'real samples have the shape {tuple(x.shape)}, the run takes (b, {str(tuple(dmd.shape))[1:]}')
+    labels = cond_to(labels, dmd.device)
+    if labels is not None and cond_len(labels)!=len(x): raise ValueError(f'a batch of reals has {len(x)} samples and {cond_len(labels)} conditions')
+    if (cond is None)!=(labels is None):
+        who = ('conds have none', 'reals have them') if cond is None else ('reals have none', 'conds have them')
+        raise ValueError(f'half of the conditions are missing: {who[0]}, {who[1]}; give both alike, or neither')
+    cond_map(_alike, cond, labels)
+    return cond, (x.to(dmd.device, torch.get_default_dtype()), labels)
+
+def _alike(a, b):
+    "Conditions of generated and of real samples are of one kind"
+    if a.shape[1:]==b.shape[1:] and a.is_floating_point()==b.is_floating_point(): return a
+    raise ValueError(f'conds are {tuple(a.shape)} of {a.dtype}, those of reals {tuple(b.shape)} of {b.dtype}: both must be labels, or both rows')
 
 # %% ../nbs/15_train.ipynb #ca8c4430
 def save_state(
@@ -79,12 +114,15 @@ def put_random_states(states:dict): # What `random_states` took
 # %% ../nbs/15_train.ipynb #9894c61a
 def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its optimisers; the caller's own words
     "What a run is besides tensors, JSON-able; `groups` of each optimiser"
-    return dict(format=1, config=asdict(dmd.cfg), step=dmd.step, g_updates=dmd.g_updates, warm_until=dmd.warm_until, groups=groups,
+    return dict(format=1, config=asdict(dmd.cfg), step=dmd.step, g_updates=dmd.g_updates, warm_until=dmd.warm_until, groups=groups, torch=torch_settings(),
                 scalers={n: getattr(dmd, n).state_dict() for n in ('scaler_g','scaler_fake')}, extra=extra)
 
 def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
     other = DMD2Config.from_dict(state['config'])
+    set_now = torch_settings()
+    odd = [f'{k} {v} instead of {set_now[k]}' for k,v in state.get('torch', {}).items() if k in set_now and v!=set_now[k]]
+    if odd: raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
     if other==dmd.cfg: return
     differ = [f'{k} {v} instead of {getattr(dmd.cfg, k)}' for k,v in asdict(other).items() if getattr(dmd.cfg, k)!=v]
     raise ValueError(f"{folder} was saved by a run with another config: {'; '.join(differ)}")
