@@ -62,6 +62,7 @@ def to_device(
     device = torch.device(device or default_device())
     return net.to(device, memory_format=torch.channels_last) if device.type=='cuda' else net.to(device)
 
+# %% ../nbs/00_core.ipynb #c07e5a10
 def rng(
     *key,         # What the stream stands for: whole numbers and words, say seed and step
     device='cpu', # Device that draws
@@ -162,6 +163,7 @@ def _join(*ts):
         raise ValueError(f'conditions of two kinds cannot be joined: {a}, and {b}')
     return torch.cat(ts)
 
+# %% ../nbs/00_core.ipynb #c07e5a19
 def cond_to(
     c,          # Tree of tensors, or None
     device,     # Where to
@@ -246,6 +248,7 @@ def check_numbers(
 
 def _short(value): return repr(value) if len(repr(value))<=60 else repr(value)[:57]+'...'
 
+# %% ../nbs/00_core.ipynb #c07e5a18
 def checked(
     cls,    # A dataclass whose fields have defaults
     d:dict, # From JSON
@@ -304,6 +307,7 @@ def check_torch(
     for kind in ('cpu', 'cuda'):
         if torch.is_autocast_enabled(kind): raise ValueError(f"training under torch.autocast('{kind}') changes its losses: leave autocast, and set the config's dtype")
 
+# %% ../nbs/00_core.ipynb #c07e5a1a
 @contextmanager
 def plain_torch():
     "Inside, PyTorch's global settings are those of its start; after, they are what they were"

@@ -66,11 +66,14 @@ class DMD2Config:
     def from_dict(cls, d:dict):
         "Config from JSON; unknown names are refused by name"
         return cls(**checked(cls, d))
+
+# %% ../nbs/14_distill.ipynb #14d15a01
 _LIMITS = dict(ttur=(1, 10**6), batch=(1, 10**7), lr_g=(0, 1), lr_fake=(0, 1), lr_head=(0, 1), weight_decay=(0, 10**3),
                w_dm=(0, 10**9), w_fake=(0, 10**9), gan_g=(0, 10**9), gan_d=(0, 10**9), w_reg=(0, 10**9), guidance=(0, 10**4),
                lr_warmup=(0, 10**9), warmup_fake=(0, 10**9), gan_start=(0, 10**9), clip=(0, 10**18), ema_halflife=(0, 10**9),
                seed=(-2**63, 2**63-1))  # least and most of each number
 
+# %% ../nbs/14_distill.ipynb #14d15a02
 def config_value(
     name:str, # A field of `DMD2Config`
     v,        # What it is to be

@@ -113,7 +113,8 @@ class ParallelDMD2(DMD2):
 
     def _update(self, opt, scaler):
         "Average over the pieces, then as ever"
-        if self.accum>1: torch._foreach_mul_([p.grad for g in opt.param_groups for p in g['params'] if p.grad is not None], 1/self.accum)
+        grads = [p.grad for g in opt.param_groups for p in g['params'] if p.grad is not None]
+        if self.accum>1 and grads: torch._foreach_mul_(grads, 1/self.accum)
         norm = super()._update(opt, scaler)
         return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
 
@@ -122,6 +123,7 @@ class ParallelDMD2(DMD2):
         m:int, # Elements of the samples of a piece
     )->dict: # The same scalars for the whole batch
         "Logs as one process with the whole batch would write them"
+        if not logs[0]: return {}
         keys,t = list(logs[0]),torch.stack([torch.stack([v.detach().double() for v in log.values()]) for log in logs])
         if self.world.many:
             t = t.float() if t.device.type=='mps' else t

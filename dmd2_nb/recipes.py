@@ -119,6 +119,7 @@ class Recipe:
         elif k in {f.name for f in fields(DMD2Config)}: config_value(k, v)
         else: raise ValueError(f'{name}{k}: the config of a distillation has no such field')
 
+# %% ../nbs/14b_recipes.ipynb #14b5a001
 # least, most, bound to exceed, whether it is a whole number
 TEACHER_LIMITS = dict(steps=(1, 10**9, None, True), batch=(1, 10**7, None, True), lr=(None, 1, 0), halflife=(0, 10**9),
                       label_dropout=(0, 1), decay=(0, 1))

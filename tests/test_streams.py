@@ -193,3 +193,12 @@ def test_calibration_takes_streams():
 def test_the_stream_itself():
     assert list(batch_stream('conds', iter([1, 2]))) == [1, 2]
     assert [v for _, v in zip(range(3), batch_stream('conds', None))] == [None]*3
+
+
+def test_no_term_for_a_while():
+    "A run in pieces whose generator has nothing to learn from until the GAN begins"
+    from dmd2_nb.parallel_run import ParallelDMD2
+    net = EDMPrecond(ToyNet(width=8, label_dim=4), sigma_data=1.4, sigma_max=20.)
+    cfg = replace(toy_config, batch=8, warmup_fake=0, ttur=1, w_dm=0., gan_g=.1, gan_d=.1, gan_start=2, dtype='float32')
+    logs = list(train(ParallelDMD2.from_teacher(net, cfg, accum=2), repeat(LABELS), 4, repeat((x, LABELS))))
+    assert [float(o['norm_g']) > 0 for o in logs] == [False, False, True, True]
