@@ -20,7 +20,7 @@ floors = {
     3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
-    0: 'core assets image_files fused signals system.checkpoint',
+    0: 'core assets image_files fused signals system.checkpoint system.texts',
     -1: 'system.tensors system.plan',
     -3: 'system.atomic system.zips system.safe_pickle',
 }

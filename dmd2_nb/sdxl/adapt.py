@@ -19,6 +19,7 @@ from ..denoiser import dsm_loss
 from ..distill import DMD2Config, trainable
 from ..image_files import folder_images
 from ..images import to_float
+from ..system.texts import read_text
 from ..train import save_state
 from .adapter import SDXL_UNET, EpsDenoiser, FlowDenoiser, SigmaDenoiser, VDenoiser
 from .checkpoints import LORA_NAMES, export_lora, load_dmd2_lora, read_checkpoint, read_lora
@@ -199,7 +200,7 @@ class FolderPictures:
         self.prompts = [self._prompt(n, prompt) for n in self.files.names]
     def _prompt(self, name, prompt):
         f = (self.root/name).with_suffix('.txt')
-        text = ' '.join(f.read_text(encoding='utf-8').split()) if f.is_file() else prompt
+        text = ' '.join(read_text(f).split()) if f.is_file() else prompt
         if not text: raise ValueError(f'{self.root}: {name} has no prompt: put {f.name} beside it, or give one for all')
         return text
     def __len__(self): return len(self.files)

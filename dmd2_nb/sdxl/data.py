@@ -16,33 +16,20 @@ from torch import Tensor
 from ..system.atomic import write_text
 from ..system.tensors import read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
+from ..system.texts import clean_prompt, read_prompts
 from .conditioning import SDXLCond, TextEncoders, encode_prompts, micro_ids
 
 # %% ../../nbs/33_sdxl.data.ipynb #630c80ff
 class PromptFile:
-    "Prompts, one a line, in an order that depends on seed and position only"
+    "Prompts in an order that depends on seed and position only"
     def __init__(self,
-        path, # UTF-8 text file, or a list of prompts
+        path, # File as `read_prompts` takes it (.txt, .csv, .jsonl ...), or a list of prompts
     ):
-        self.path = path if not isinstance(path, (list, tuple)) else 'the list'
-        self.prompts = [self.clean(i, l) for i,l in enumerate(path if isinstance(path, (list, tuple)) else self.lines(Path(path)), 1)]
+        given = isinstance(path, (list, tuple))
+        self.path = 'the list' if given else path
+        if given: self.prompts = [clean_prompt(p, f'the list, line {i}') for i,p in enumerate(path, 1)]
+        else: self.prompts = read_prompts(path)
         if not self.prompts: raise ValueError(f'{self.path} has no prompts')
-
-    def lines(self, path):
-        if not path.is_file(): raise FileNotFoundError(f'{path} is missing')
-        if path.suffix in ('.pkl', '.pickle', '.pt', '.bin'): raise ValueError(f'{path} is a pickle, which could execute anything: export its prompts to a text file, one a line')
-        raw = path.read_bytes().split(b'\n')
-        for i,l in enumerate(raw, 1):
-            try: l.decode('utf-8')
-            except UnicodeDecodeError as e: raise ValueError(f'{path}, line {i}: not UTF-8 (byte {l[e.start]:#x} at {e.start})') from None
-        lines = [l.decode('utf-8').removesuffix('\r') for l in raw]
-        return lines[:-1] if lines[-1]=='' else lines
-
-    def clean(self, i, l):
-        l = l.removeprefix('\ufeff') if i==1 else l
-        if not l.strip(): raise ValueError(f'{self.path}, line {i}: empty prompt')
-        if '\0' in l: raise ValueError(f'{self.path}, line {i}: not text')
-        return l.strip()
 
     def __len__(self): return len(self.prompts)
     def __getitem__(self, i): return self.prompts[i]
