@@ -22,6 +22,7 @@ floors = {
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core assets image_files fused signals system.checkpoint system.texts',
     -1: 'system.tensors system.plan',
+    -2: 'system.torch_files',
     -3: 'system.atomic system.zips system.safe_pickle',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}

@@ -135,6 +135,7 @@ EMPTY = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EM
              EMPTY_SET=set, EMPTY_TUPLE=tuple)
 
 def _build(thing, state):
+    if type(thing) is dict: return thing  # of a state dict: versions of its modules
     if not isinstance(thing, Thing): raise RefusedPickle(f'it sets attributes of a {type(thing).__name__}')
     thing.state = state
     return thing
@@ -296,11 +297,10 @@ def storage_id(
     given, # What a pickle of torch.save gives for a storage
 ): # `(key, dtype, length)`
     "The name of a storage, checked"
-    kind,key,dtype,n = None,None,None,None
-    if isinstance(given, tuple) and len(given) in (5, 6):
-        kind,name,key,_,n = given[:5]
-        dtype = STORAGES.get(name)
-    if kind=='module': raise RefusedPickle('it holds a network with its source code: save its state_dict()')
+    given = given if isinstance(given, tuple) else ()
+    if given[:1]==('module',): raise RefusedPickle('it holds a network with its source code: save its state_dict()')
+    kind,name,key,_,n = given[:5] if len(given) in (5, 6) else (None,)*5
+    dtype = STORAGES.get(name)
     known = kind=='storage' and dtype is not None and type(key) is str and given[5:] in ((), (None,))
     if not known or type(n) is not int or n<0:
         raise TypeError('a storage is described wrongly')
@@ -310,7 +310,7 @@ def storage_id(
 def _typed(f, cls, args, state):
     "A tensor of a class of its own; of one that is spread over processes this one's piece"
     if f=='torch._utils._rebuild_wrapper_subclass':
-        local = state.get('_local_tensor') if isinstance(state, dict) else None
+        local = dict(state[-1] if isinstance(state, tuple) else state).get('_local_tensor')
         if not isinstance(local, Tensor): raise RefusedPickle(f"it asks for '{cls}'")
         size = tuple(args[2]) if len(args)>2 else ()
         return local if tuple(local.shape)==size else Thing('a piece of a tensor', (tuple(local.shape), size))
