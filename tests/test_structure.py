@@ -21,9 +21,10 @@ floors = {
     2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core assets image_files fused signals system.checkpoint system.texts',
-    -1: 'system.tensors system.plan',
-    -2: 'system.torch_files',
-    -3: 'system.atomic system.zips system.safe_pickle',
+    -1: 'system.plan',
+    -2: 'system.tensors',
+    -3: 'system.torch_files',
+    -4: 'system.atomic system.zips system.safe_pickle',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 only_shown = {'plot', 'panels', 'dashboard'}  # for notebooks, cli and one another

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'ENDINGS', 'USUAL', 'NO_WEIGHTS', 'SHARD', 'STRANGE', 'WRAPPERS', 'SCALES', 'INPUT_SCALES', 'KINDS',
-           'CHANNELS', 'Damaged', 'read_tensors', 'read_metadata', 'shard_index', 'read_shards', 'weight_files',
-           'plain_names', 'widen_fp8', 'read_state_dict', 'read_shapes', 'one_dtype', 'kind_of', 'few', 'likely_cause',
+           'CHANNELS', 'Damaged', 'read_tensors', 'read_metadata', 'shard_index', 'read_shards', 'few', 'weight_files',
+           'plain_names', 'widen_fp8', 'read_state_dict', 'read_shapes', 'one_dtype', 'kind_of', 'likely_cause',
            'misfit', 'check_fit', 'load_into', 'check_finite']
 
 # %% ../../nbs/51_system.tensors.ipynb #01e9e73e
@@ -79,6 +79,16 @@ def read_shards(files)->dict: # Name -> whole tensor
         for f,o,s in ps: res[k][tuple(slice(a, a+b) for a,b in zip(o, s))] = data[f][k]
     return res
 
+# %% ../../nbs/51_system.tensors.ipynb #2e137361
+def few(
+    items,     # Texts
+    n=3,       # How many are shown
+    join=', ', # What stands between them
+)->str: # 'a, b, c and 5 more'
+    "The first of some items and how many more there are"
+    items = [str(o)[:90] for o in items]
+    return join.join(items[:n]) + (f' and {len(items)-n} more' if len(items)>n else '')
+
 # %% ../../nbs/51_system.tensors.ipynb #8c4bba9e
 ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')
 USUAL = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'adapter_model', 'pytorch_lora_weights', 'generator')
@@ -111,6 +121,7 @@ def weight_files(
     if len(found)>1 and say: say(f'{path}: reading {found[0].name}; also there: {few([p.name for p in found[1:]])}')
     return found[:1], None
 
+# %% ../../nbs/51_system.tensors.ipynb #428668eb
 def _subfolder(path, say):
     "The network inside a pipeline's folder"
     for name in ('unet', 'transformer', 'pytorch_model_fsdp_0'):
@@ -157,6 +168,7 @@ def _file_tensors(path, part, say):
         raise Damaged(f'{path}: not a readable state dict ({str(e).removeprefix(str(path)).strip()})') from None
     return _unwrap(data, part, path, say)
 
+# %% ../../nbs/51_system.tensors.ipynb #d16dadaa
 def _is_state(o): return isinstance(o, dict) and bool(o) and all(isinstance(v, Tensor) or _is_piece(v) for v in o.values())
 def _is_piece(v): return getattr(v, 'name', '')=='a piece of a tensor'
 
@@ -199,6 +211,7 @@ def plain_names(
         out[names[k]] = v
     return out
 
+# %% ../../nbs/51_system.tensors.ipynb #fd81b867
 SCALES = ('.scale_weight', '.weight_scale') # Beside a matrix in 8 bits: what it is to be multiplied with
 INPUT_SCALES = ('.scale_input', '.input_scale') # Of what comes in; not needed where nothing is computed in 8 bits
 
@@ -258,6 +271,9 @@ def _merged(files, index, part, say):
         state |= got
     return state
 
+# %% ../../nbs/51_system.tensors.ipynb #fe581bc9
+def _shape(v): return tuple(getattr(v, 'shape', v))
+
 def read_shapes(
     source,    # As for `read_state_dict`
     part=None, # Likewise
@@ -296,17 +312,7 @@ def kind_of(
     for kind,mark in KINDS.items():
         if any(re.search(mark, str(k)) for k in names): return kind
 
-def few(
-    items,  # Texts
-    n=3,    # How many are shown
-)->str: # 'a, b, c and 5 more'
-    "The first of some items and how many more there are"
-    items = [str(o)[:90] for o in items]
-    return ', '.join(items[:n]) + (f' and {len(items)-n} more' if len(items)>n else '')
-
 # %% ../../nbs/51_system.tensors.ipynb #6a7ef1ed
-def _shape(v): return tuple(getattr(v, 'shape', v))
-
 def _prefix(mine, theirs):
     "What stands before most names of `theirs` when it is compared with `mine`; None if nothing does"
     tails,counts = set(mine),{}
@@ -327,6 +333,7 @@ def _channels(wrong):
     what = CHANNELS.get(b[1])
     return f'{k} takes {b[1]} input channels where {a[1]} are wanted' + (f': it looks like {what}' if what else '')
 
+# %% ../../nbs/51_system.tensors.ipynb #12936043
 def likely_cause(
     mine:dict,   # Name -> shape, wanted
     theirs:dict, # Name -> shape, given
