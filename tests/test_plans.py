@@ -179,3 +179,262 @@ def test_identity_of_text_encoders_and_autoencoders():
     was = identity(used)
     used.timestep(used.levels[-1:])
     assert identity(used) == was, 'tables that were filled on the way are no setting'
+
+
+def test_differences_are_named_and_short():
+    was, now = dict(a='0'*64, b=dict(c=1, d=2), e=3), dict(a='1'*64, b=dict(c=1, d=3), f=[1, 2])
+    assert plan.differences(was, now) == ['a was 000000000000... and is 111111111111...', 'b.d was 2 and is 3', 'f was not recorded and is [1, 2]', 'e was 3 and is not given']
+    assert plan.differences(was, now, only=['b']) == ['b.d was 2 and is 3'] and not plan.differences(was, dict(was))
+    assert not plan.differences(dict(a=(1, 2)), dict(a=[1, 2])), 'as JSON knows them'
+
+
+def test_a_plan_guards_its_folder(tmp_path):
+    plan.keep_plan(tmp_path/'a', dict(x=1))
+    plan.keep_plan(tmp_path/'a', dict(x=1))
+    with pytest.raises(ValueError, match=r'a was begun with other settings \(x was 1 and is 2\)'): plan.keep_plan(tmp_path/'a', dict(x=2))
+    with pytest.raises(ValueError) as e: plan.keep_plan(tmp_path/'a', {f'{i}'*50: 'y'*500 for i in range(50)})
+    assert len(str(e.value)) < 600+len(str(tmp_path)) and 'and 47 more' in str(e.value)
+    for broken in ('', '{"x": ', '[1]', 'null', '3'):
+        (tmp_path/'a'/'plan.json').write_text(broken)
+        with pytest.raises(ValueError, match='plan.json is damaged'): plan.keep_plan(tmp_path/'a', dict(x=1))
+    tree(tmp_path/'b', {'shard_1': b''})
+    with pytest.raises(ValueError, match='holds shard_1 and no plan.json'): plan.keep_plan(tmp_path/'b', dict(x=1), made='shard_*')
+    assert not (tmp_path/'b'/'plan.json').exists()
+
+
+# What is encoded once
+
+def one_line(e): return '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.fixture(scope='module')
+def enc():
+    from dmd2_nb.sdxl.conditioning import tiny_text_encoders
+    return tiny_text_encoders()
+
+
+@pytest.fixture(scope='module')
+def vae():
+    from dmd2_nb.sdxl.adapter import make_vae
+    return make_vae()
+
+
+@pytest.fixture
+def encode(tmp_path, enc):
+    from dmd2_nb.sdxl.data import encode_conditions
+    def f(prompts=('a cat', 'a dog', 'a cow'), enc=enc, **k): return encode_conditions(tmp_path/'p', list(prompts), enc, **dict(size=64, shard=2) | k)
+    return f
+
+
+changes = {'prompts': dict(prompts=['a cat', 'a dog', 'an owl']), 'order': dict(prompts=['a dog', 'a cat', 'a cow']), 'size': dict(size=128), 'dtype': dict(dtype=torch.float32), 'fewer': dict(prompts=['a cat', 'a dog'])}
+
+
+@pytest.mark.parametrize('change', changes.values(), ids=changes)
+def test_other_conditions_are_refused(encode, change):
+    assert encode().items([2])[2] == ['a cow']
+    before = encode().items(range(3))[1]
+    with pytest.raises(ValueError, match='begun with other settings') as e: encode(**change)
+    assert one_line(e) and ('prompts' if 'prompts' in change else next(iter(change))) in str(e.value)
+    assert torch.equal(encode().items(range(3))[1].text, before.text)
+
+
+def test_another_text_encoder_is_refused(encode):
+    from dmd2_nb.sdxl.conditioning import tiny_text_encoders
+    encode()
+    with pytest.raises(ValueError, match=r'other settings \(encoder was'): encode(enc=tiny_text_encoders(seed=1))
+
+
+def test_an_interrupted_encoding_goes_on_with_its_own_prompts_only(encode):
+    def stop(todo):
+        yield todo[0]
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): encode(progress=stop)
+    for edited in (['a cat', 'a dog', 'an owl'], ['an ant', 'a dog', 'a cow']):
+        with pytest.raises(ValueError, match='other settings .*prompts was'): encode(edited)
+    assert encode().items(range(3))[2] == ['a cat', 'a dog', 'a cow']
+
+
+def test_one_text_is_no_list(enc, tmp_path):
+    from dmd2_nb.sdxl.data import encode_conditions
+    with pytest.raises(ValueError, match="a list of texts .* 'a cat'"): encode_conditions(tmp_path/'p', 'a cat', enc)
+    assert not (tmp_path/'p').exists()
+
+
+def pictures(n=5, seed=0): return [(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(100*seed+i))*2-1, f'picture {i}') for i in range(n)]
+
+
+@pytest.fixture
+def latents(tmp_path, enc, vae):
+    from dmd2_nb.sdxl.data import encode_latents
+    def f(images=None, vae=vae, **k): return encode_latents(tmp_path/'i', images or pictures(), vae, enc, **dict(size=32, shard=2) | k)
+    return f
+
+
+def test_other_pictures_are_refused_by_number(latents):
+    x = latents().items(range(5))[0]
+    assert torch.equal(latents().items(range(5))[0], x)
+    for i in (0, 4):
+        changed = pictures()
+        changed[i] = (-changed[i][0], changed[i][1])
+        with pytest.raises(ValueError, match=f'made from other pictures or prompts: item {i} differs') as e: latents(changed)
+        assert one_line(e)
+    changed = pictures()
+    changed[3] = (changed[3][0], 'another text')
+    with pytest.raises(ValueError, match='item 3 differs'): latents(changed)
+    with pytest.raises(ValueError, match='item 0 differs'): latents(pictures(seed=1))
+
+
+def test_another_autoencoder_is_refused(latents):
+    from dmd2_nb.sdxl.adapter import make_vae
+    latents()
+    other = make_vae()
+    other.register_to_config(scaling_factor=1.)
+    for v in (make_vae(seed=1), other):
+        with pytest.raises(ValueError, match=r'other settings \(vae was'): latents(vae=v)
+    with pytest.raises(ValueError, match=r'other settings \(seed was 0 and is 1'): latents(seed=1)
+
+
+def test_an_interrupted_encoding_of_pictures_never_mixes(latents):
+    class Stops(list):
+        def __getitem__(self, i):
+            if i >= 3: raise KeyboardInterrupt
+            return super().__getitem__(i)
+    with pytest.raises(KeyboardInterrupt): latents(Stops(pictures()))
+    with pytest.raises(ValueError, match='item 0 differs'): latents(pictures(seed=1))
+    whole = latents()
+    assert whole.items(range(5))[2] == [p for _, p in pictures()]
+    assert whole.index['made']
+
+
+def test_pictures_of_a_folder_count_by_their_files(tmp_path, enc, vae):
+    from PIL import Image
+    from dmd2_nb.sdxl.adapt import FolderPictures
+    from dmd2_nb.sdxl.data import encode_latents
+    (tmp_path/'f').mkdir()
+    for i in range(3): Image.new('RGB', (32, 32), (80*i,)*3).save(tmp_path/'f'/f'{i}.png')
+    make = lambda size=32, prompt='a': encode_latents(tmp_path/'i', FolderPictures(tmp_path/'f', size, prompt), vae, enc, size=32)
+    make()
+    make()
+    with pytest.raises(ValueError, match=r'other settings \(prompts was'): make(prompt='b')
+    with pytest.raises(ValueError, match=r'other settings \(.*pictures was'): make(size=64)
+    Image.new('RGB', (32, 32), (81,)*3).save(tmp_path/'f'/'1.png')
+    with pytest.raises(ValueError, match=r'other settings \(pictures was'): make()
+
+
+@pytest.mark.parametrize('picture, says', [(torch.zeros(3, 32, 32, dtype=torch.uint8), 'float tensor .* got torch.uint8'), (torch.full((3, 32, 32), 200.), 'values lie in 200 .. 200'),
+                                           (torch.full((3, 32, 32), float('nan')), 'NaN of 3,072'), (torch.zeros(32, 32), r'got torch.float32 \(32, 32\)')], ids=['bytes', 'range', 'NaN', 'shape'])
+def test_what_is_no_picture_is_named(latents, picture, says):
+    with pytest.raises(ValueError, match=rf"item 1 \('a cat'\).*{says}") as e: latents([pictures()[0], (picture, 'a cat')])
+    assert one_line(e)
+
+
+def test_pictures_between_0_and_1_get_a_word(latents):
+    with pytest.warns(UserWarning, match='no picture has a value below 0'): latents([((im+1)/2, p) for im, p in pictures()])
+
+
+def test_numbers_that_overflow_become_no_shard(tmp_path, enc):
+    "An autoencoder in half precision, and numbers that are too large for the precision kept"
+    from dmd2_nb.sdxl.adapter import make_vae
+    from dmd2_nb.sdxl.data import LatentShards, encode_conditions, encode_latents
+    bad = make_vae(dtype=torch.float16)
+    with torch.no_grad():
+        bad.encoder.conv_in.bias.fill_(6e4)
+        bad.encoder.conv_in.weight.mul_(3e4)
+    with pytest.raises(ValueError, match=r"i, item 0 \('picture 0'\): latents has .*NaN.* of 64 numbers.*float32") as e: encode_latents(tmp_path/'i', pictures(), bad, enc, size=32)
+    assert one_line(e) and not list((tmp_path/'i').glob('*shard*'))
+    with pytest.raises(FileNotFoundError): LatentShards(tmp_path/'i')
+    from dmd2_nb.sdxl.conditioning import tiny_text_encoders
+    loud = tiny_text_encoders()
+    with torch.no_grad(): loud.models[1].text_projection.weight.mul_(1e7)
+    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): pooled has \d+ infinite"): encode_conditions(tmp_path/'p', ['a cat'], loud)
+    encode_conditions(tmp_path/'q', ['a cat'], loud, dtype=torch.float32)
+
+
+# Pairs of a teacher
+
+@pytest.fixture(scope='module')
+def teacher():
+    from dmd2_nb.denoiser import Guided
+    from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
+    from dmd2_nb.sdxl.conditioning import zero_uncond
+    small = TINY_SDXL | dict(block_out_channels=(16, 16, 32), transformer_layers_per_block=(1, 1, 1), attention_head_dim=(2, 2, 2))
+    def make(seed=0, guidance=8., kind=EpsDenoiser): return Guided(kind(make_unet(small, seed=seed), shape=(4, 8, 8)), guidance, zero_uncond)
+    return make
+
+
+@pytest.fixture
+def pair_up(tmp_path, teacher, enc):
+    from dmd2_nb.sdxl.data import encode_conditions
+    from dmd2_nb.sdxl.pretrain import teacher_pairs
+    asked = lambda name, prompts: encode_conditions(tmp_path/name, prompts, enc, size=64)
+    conds = dict(one=asked('one', ['a cat', 'a dog']), two=asked('two', ['a cat', 'a cow']))
+    def f(teacher=teacher(), conds=conds['one'], **k): return teacher_pairs(tmp_path/'pairs', teacher, conds, **dict(n=2, steps=2) | k)
+    f.conds = conds
+    return f
+
+
+def test_pairs_of_another_teacher_are_refused(pair_up, teacher):
+    from dmd2_nb.sdxl.adapter import VDenoiser
+    first = pair_up().items([0, 1])[0]
+    assert torch.equal(pair_up(teacher()).items([0, 1])[0], first), 'the same teacher opened again'
+    others = {'teacher': (teacher(seed=1), teacher(guidance=7.5), teacher(kind=VDenoiser), teacher().half()), 'conditions': ()}
+    for t in others['teacher']:
+        with pytest.raises(ValueError, match=r'other settings \(teacher was') as e: pair_up(t)
+        assert one_line(e)
+    with pytest.raises(ValueError, match=r'other settings \(conditions was'): pair_up(conds=pair_up.conds['two'])
+    with pytest.raises(ValueError, match=r'other settings \(shape was'): pair_up(shape=(4, 16, 16))
+    with pytest.raises(ValueError, match=r'other settings \(seed was 0 and is 1'): pair_up(seed=1)
+
+
+def test_a_teacher_that_draws_no_numbers_makes_no_pairs(pair_up, teacher):
+    t = teacher()
+    with torch.no_grad(): t.D.net.unet.conv_out.bias.fill_(float('nan'))
+    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): latents has 256 NaN"): pair_up(t)
+
+
+def test_only_pairs_teach_by_regression(pair_up, latents, encode, teacher):
+    "Real pictures have no known noise: a generator would learn to draw them from any"
+    from dmd2_nb.sdxl.pretrain import regression_pretrain
+    from dmd2_nb.sdxl.roles import SharedBase
+    role = lambda: SharedBase(teacher().D, rank=2).generator
+    next(regression_pretrain(role(), pair_up(), batch=2))
+    for wrong, kind in ((latents(), 'real pictures'), (encode(), 'texts alone')):
+        with pytest.raises(ValueError, match=f"holds {kind} .* needed are a teacher's samples") as e: next(regression_pretrain(role(), wrong, batch=2))
+        assert one_line(e)
+
+
+def test_a_regression_goes_on_with_its_own_pairs(pair_up, teacher, tmp_path):
+    from dmd2_nb.sdxl.pretrain import regression_pretrain, teacher_pairs
+    from dmd2_nb.sdxl.roles import SharedBase
+    role = lambda: SharedBase(teacher().D, rank=2).generator
+    list(regression_pretrain(role(), pair_up(), 1, batch=2, folder=tmp_path/'run'))
+    others = teacher_pairs(tmp_path/'others', teacher(seed=1), pair_up.conds['one'], n=2, steps=2)
+    with pytest.raises(ValueError, match='holds another run: made '): next(regression_pretrain(role(), others, 3, batch=2, folder=tmp_path/'run'))
+    with pytest.raises(ValueError, match='update 3: .*NaN.* not saved'): list(regression_pretrain(role(), pair_up(), 3, distance=lambda a, b: (a-b)*float('nan'), batch=2, folder=tmp_path/'run'))
+
+
+def test_shards_that_say_nothing_count_by_their_bytes(tmp_path, encode):
+    from dmd2_nb.sdxl.data import LatentShards, write_shards
+    make = lambda v: write_shards(tmp_path/f'{v}', 2, lambda r: (dict(text=torch.full((2, 1, 1), v)), ['a', 'b']))
+    assert make(1.).content_hash() == make(1.).content_hash() != make(2.).content_hash()
+    (tmp_path/'1.0'/'index.json').write_text('{"sizes": "x"}')
+    with pytest.raises(ValueError, match='index.json is damaged'): LatentShards(tmp_path/'1.0')
+
+
+def test_an_lmdb_is_known_by_its_bytes(tmp_path, enc):
+    lmdb = pytest.importorskip('lmdb')
+    from dmd2_nb.sdxl.data import LMDBLatents
+    def write(v):
+        env = lmdb.open(str(tmp_path/'db'), map_size=2**24)
+        with env.begin(write=True) as t:
+            t.put(b'latents_shape', b'2 4 4 4')
+            for i in range(2):
+                t.put(f'latents_{i}_data'.encode(), np.full((4, 4, 4), v, 'float16').tobytes())
+                t.put(f'prompts_{i}_data'.encode(), b'a cat')
+        env.close()
+    write(1.)
+    for _ in range(2): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
+    write(2.)
+    with pytest.raises(ValueError, match=r'other settings \(lmdb was'): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
+    write(float('inf'))
+    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): latents has 64 infinite"): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'t', enc, size=64)

@@ -19,6 +19,7 @@ from ..denoiser import dsm_loss
 from ..distill import DMD2Config, trainable
 from ..image_files import folder_images
 from ..images import to_float
+from ..system.plan import content_hash, fingerprint
 from ..system.texts import read_text
 from ..train import save_state
 from .adapter import SDXL_UNET, EpsDenoiser, FlowDenoiser, SigmaDenoiser, VDenoiser
@@ -196,12 +197,13 @@ class FolderPictures:
         size:int=768,    # They are cropped and resized to this
         prompt:str=None, # For images without a text file
     ):
-        self.root,self.files = Path(folder),folder_images(folder, size)
+        self.root,self.files,self.size = Path(folder),folder_images(folder, size),size
         self.prompts = [self._prompt(n, prompt) for n in self.files.names]
     def _prompt(self, name, prompt):
         f = (self.root/name).with_suffix('.txt')
         text = ' '.join(read_text(f).split()) if f.is_file() else prompt
         if not text: raise ValueError(f'{self.root}: {name} has no prompt: put {f.name} beside it, or give one for all')
         return text
+    def content_hash(self): return fingerprint(content_hash(self.root, sorted(self.files.names)), list(self.files.names), self.size)
     def __len__(self): return len(self.files)
     def __getitem__(self, i): return to_float(self.files.one(i)), self.prompts[i] # `(image in [-1, 1] (3, h, w), prompt)`

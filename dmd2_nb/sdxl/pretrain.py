@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..system.checkpoint import load_folder, load_optim, newest, optim_tensors, save_folder
-from ..system.tensors import load_into
+from ..system.tensors import check_finite, load_into
+from ..system.plan import identity
 from ..core import cond_cat, cond_to, compute_dtype, rng
 from ..distill import trainable
 from ..noise import check_sigmas, prior
@@ -66,7 +67,9 @@ def teacher_pairs(
             xs.append(euler_sample(teacher, z, sigmas, cond_to(c, device, torch.float32)).cpu()); cs.append(c); names += p
         c = cond_cat(*cs)
         return dict(latents=torch.cat(xs).half()) | (c._asdict() if hasattr(c, '_asdict') else dict(text=c)), names
-    return write_shards(folder, n, make, shard, dict(kind='pairs', seed=seed, steps=steps), progress)
+    facts = dict(kind='pairs', seed=seed, steps=steps, shape=shape, teacher=identity(teacher))
+    facts['conditions'] = conds.content_hash() if hasattr(conds, 'content_hash') else identity(conds)
+    return write_shards(folder, n, make, shard, facts, progress)
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #543760dc
 def decoder(
@@ -85,7 +88,7 @@ def regression_pretrain(
     distance=None,        # `distance(a, b)` of decoded images, such as `fid.lpips()`; mean squared error when absent
     decode=None,          # From `decoder`; latents themselves are compared when absent
     timestep:int=399,     # What the generator is told
-    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0, # Learning rate; pairs an update; gradient norm limit; which order
+    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0, # Learning rate; pairs an update; gradient norm limit, 0 for none; which order
     folder=None,          # Where the state is kept; a run found there goes on
     save_every:int=200,   # Updates between two checkpoints
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
@@ -94,8 +97,9 @@ def regression_pretrain(
     decode,distance,sigma,device = decode or (lambda x: x),distance or _mse,sdxl_sigmas((timestep,))[0].float(),next(G.parameters()).device
     opt,dtype = torch.optim.AdamW(trainable(G), lr=lr, weight_decay=0.01),compute_dtype(dtype, device)
     if dtype==torch.float16: raise ValueError('regression_pretrain has no loss scaling: dtype must be bfloat16 or float32')
+    pairs.need('pairs')
     if len(pairs)<batch: raise ValueError(f'{len(pairs)} pairs are fewer than a batch of {batch}')
-    run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed']),0
+    run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed'], made=pairs.content_hash()),0
     if folder and newest(folder): at = _resume(G, opt, folder, run)
     for step,idx in zip(range(at, steps), shuffled(len(pairs), batch, seed, at)):
         x,c,_ = pairs.items(idx)
@@ -104,10 +108,11 @@ def regression_pretrain(
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype==torch.bfloat16):
             loss = regression_loss(G, z, target, sigma, c, distance=lambda a,b: distance(decode(a), b).mean())
         opt.zero_grad(set_to_none=True); loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable(G), clip)
+        if clip: torch.nn.utils.clip_grad_norm_(trainable(G), clip)
         opt.step()
         yield loss.detach()
         if folder and ((step+1)%save_every==0 or step+1==steps):
+            check_finite(dict(loss=loss) | G.state_dict(), f'{folder}, update {step+1}', 'the generator is not saved; lower the learning rate')
             tensors,groups = optim_tensors(opt)
             save_folder(folder, dict(generator=G.state_dict(), optimiser=tensors), dict(step=step+1, groups=groups, run=run))
 
