@@ -289,7 +289,7 @@ def prepare_main(argv): # Words of the command line
     if Path(a.out).exists() and not a.overwrite: raise ValueError(f'{a.out} exists: say --overwrite or give another name')
     if not Path(a.source).is_dir(): raise FileNotFoundError(f'{a.source}: no such folder')
     _at_least(1, size=a.size)
-    from dmd2_nb.image_files import prepare
+    from dmd2_nb.system.image_files import prepare
     from fastprogress.fastprogress import progress_bar
     try: print(f'\n{prepare(a.source, a.out, a.size, workers=a.workers, progress=progress_bar)} written')
     except OSError as e: raise OSError(f'{a.out} could not be written ({e.strerror})') if e.errno and not e.filename else e

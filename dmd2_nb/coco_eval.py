@@ -23,7 +23,7 @@ from .evaluate import plus_minus, table
 from .features import Features, extract
 from .fid import clip_score, compare_features, frechet_jackknife, lpips_diversity, patches
 from .grids import ComparisonGrid, gallery, pil
-from .image_files import center_patch, folder_images
+from .system.image_files import center_patch, folder_images
 from .presets import PRESETS, Preset, open_pipeline, sample
 
 # %% ../nbs/37_coco_eval.ipynb #623c4d98
@@ -121,14 +121,14 @@ class Photographs:
             return files
         middle = lambda im: center_patch(im.convert('RGB'), patch_size)
         whole = extract(chosen(folder_images(source, size)), features)
-        return cls(whole, extract(chosen(folder_images(source, change=middle)), features) if patch_size else None, features, size, patch_size)
+        return cls(whole, extract(chosen(folder_images(source, change=middle, say=None)), features) if patch_size else None, features, size, patch_size)
 
 def distances(
     folder,             # Generated pictures
     real:Photographs,   # What the pictures are compared with
 )->dict: # Numbers and their standard errors
     "All distances to the photographs"
-    row = compare_features(extract(folder_images(folder, real.size), real.features), real.whole, real.features.name)
+    row = compare_features(extract(folder_images(folder, real.size, say=None), real.features), real.whole, real.features.name)
     if real.patch is not None:
         patch = 'patch_fid' if real.features.name=='inception' else 'patch_frechet'
         f = extract(patches(folder, real.patch_size), real.features)
@@ -185,7 +185,7 @@ def evaluate_prompts(
         if isinstance(m, Preset): row['evaluations'] = m.evaluations
         rows[name] = row
         write_text(out/name/'row.json', json.dumps(row, indent=1))
-        files = folder_images(folder)
+        files = folder_images(folder, say=None)
         grid.add(name, files.pixels(range(min(show, len(files)))))
         del draw
     write_text(out/'table.json', json.dumps(rows, indent=1))

@@ -56,7 +56,9 @@ def check_images(
     if not images.is_floating_point(): raise TypeError(f'{who}: images must be uint8 or floats, got {images.dtype}')
     if bad := int((~images.flatten(1).isfinite()).any(1).sum()): raise ValueError(f'{who}: {bad} of {len(images)} images have NaN or infinite pixels')
     if (top := images.abs().max().item())>16: raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
-    return to_uint8(images)
+    if top<=1 and images.min()>=0:
+        warnings.warn(f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are in [0, 1], give 2*x - 1', stacklevel=3)
+    return to_uint8(images, who)
 
 # %% ../nbs/24_features.ipynb #519bf8ab
 def batches_of(

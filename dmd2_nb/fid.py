@@ -10,7 +10,7 @@ __all__ = ['VGG_URL', 'Stats', 'warn_few', 'as_stats', 'frechet_of', 'fid', 'fre
 # %% ../nbs/25_fid.ipynb #ee15a0dd
 from dataclasses import dataclass
 from pathlib import Path
-import os, warnings, zipfile
+import os, warnings
 
 import numpy as np
 import torch
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .features import Features, batches_of, extract, fetched, read_weights
-from .image_files import center_patch, folder_images
-from .images import load_arrays, to_float, to_uint8
+from .system.image_files import center_patch, folder_images
+from .images import to_float, to_uint8
 from .metrics import feature_stats, frechet_distance, kid as kid_features, knn_precision_recall
+from .system.zips import npz_names, read_npz
 
 # %% ../nbs/25_fid.ipynb #a0b8f518
 @dataclass
@@ -57,8 +58,8 @@ class Stats:
     @classmethod
     def load(cls, path):
         "From npz with `mu` and `sigma`, such as EDM's reference files"
-        a = load_arrays(path)
-        if missing := [k for k in ('mu', 'sigma') if k not in a]: raise ValueError(f"{path}: has no {' and no '.join(missing)}, only {', '.join(a) or 'nothing'}")
+        a = read_npz(path, ('mu', 'sigma', 'n', 'features'))
+        if missing := [k for k in ('mu', 'sigma') if k not in a]: raise ValueError(f"{path}: has no {' and no '.join(missing)}, only {', '.join(npz_names(path)) or 'nothing'}")
         mu,cov = (torch.from_numpy(np.asarray(a[k], dtype='float64')) for k in ('mu', 'sigma'))
         if mu.ndim!=1 or cov.shape!=(len(mu),)*2: raise ValueError(f'{path}: mu {tuple(mu.shape)} and sigma {tuple(cov.shape)} do not go together')
         if not (mu.isfinite().all() and cov.isfinite().all()): raise ValueError(f'{path}: mu or sigma is not finite')
@@ -76,9 +77,8 @@ def as_stats(
     "Whatever it is, as statistics; those of another extractor are refused"
     where = f'{o}: ' if isinstance(o, (str, Path)) else ''
     if where and str(o).endswith('.npz'):
-        try:
-            with zipfile.ZipFile(o) as z: is_stats = 'mu.npy' in z.namelist()
-        except (OSError, zipfile.BadZipFile): is_stats = True  # `load` says what is wrong
+        try: is_stats = 'mu' in npz_names(o)
+        except (OSError, ValueError): is_stats = True  # `load` says what is wrong
         if is_stats: o = Stats.load(o)
     if isinstance(o, Tensor) and o.ndim==2: o = Stats.of_features(o, features.name if features else '')
     if not isinstance(o, Stats):

@@ -22,7 +22,7 @@ from .distill import DMD2
 from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
 from .guards import Guard, check_weights, guarded
-from .images import ImageData, in_memory, open_images, to_float
+from .images import ImageData, in_memory, match_classes, open_images, to_float
 from .parallel import World, each_rank
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
@@ -30,6 +30,7 @@ from .runs import Progress, Run, batches, claim_run, cond_batches, follow, read_
 from .teacher import load_dmd2_edm, load_edm, load_teacher_run, save_teacher_run, train_teacher
 from .train import load_state, save_state, train
 from .weights import build_denoiser, load_denoiser, save_denoiser
+from .system.image_names import some
 
 # %% ../nbs/26a_jobs.ipynb #88dc9def
 def open_data(
@@ -40,13 +41,27 @@ def open_data(
     if source is None and not r.bundled: raise ValueError(f"the images of '{r.data}' do not come along: give a zip, a folder or an LMDB (--data)")
     data = open_images(source or r.data, workers=0 if r.bundled else 8)
     if not isinstance(data, ImageData): data = in_memory(data)
-    if r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
+    if data.class_names and source is not None: data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")
+    elif r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
     args,name = r.net['args'],source or r.data
     want = (args['in_channels'], args['img_resolution'], args['img_resolution'])
     if data.shape!=want: raise ValueError(f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}")
     if data.label_dim!=args['label_dim']: raise ValueError(f"{name}: {data.label_dim} classes, the network of '{r.data}' has {args['label_dim']}")
     return data.holdout(r.holdout) if r.holdout else (data, None)
 
+def _known_classes(r):
+    "Names by which the recipe's own network knows its classes"
+    if r.classes or not r.bundled: return r.classes
+    try: return open_images(r.data).class_names
+    except FileNotFoundError: return ()  # a set that has to be built first
+
+def _check_names(data, names, file):
+    "The bundled teacher was trained on classes that have names"
+    if not names or not data.class_names or data.class_names==tuple(names): return
+    raise ValueError(f'{data.name}: has classes of its own ({some(data.class_names)}), '
+                     f'{file.name} knows {some(names)}: train a teacher of these images and give it')
+
+# %% ../nbs/26a_jobs.ipynb #ee94ab54
 def open_teacher(
     r:Recipe,       # What is known of the data set
     data:ImageData, # What it must fit
@@ -59,6 +74,7 @@ def open_teacher(
     if file.is_dir(): file = next((file/n for n in ('pytorch_model_1.bin', 'model_1.safetensors') if (file/n).is_file()), file/'teacher.safetensors')
     ours = r.bundled and file.suffix=='.safetensors'
     D = load_denoiser(file, device)[0] if ours else to_device(load_edm(file, 'teacher' if file.stem.endswith('model_1') else None), device)
+    if ours and path is None: _check_names(data, _known_classes(r), file)
     if tuple(D.shape)!=data.shape: raise ValueError(f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has {'x'.join(map(str, data.shape))}")
     if D.model.label_dim!=data.label_dim: raise ValueError(f'{file} knows {D.model.label_dim} classes, {data.name} has {data.label_dim}')
     return D, file

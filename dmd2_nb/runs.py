@@ -243,7 +243,7 @@ def batches(
     device = torch.device(device)
     images = getattr(data, 'images', None)
     if device.type=='cpu' or not isinstance(images, Tensor) or images.numel()>KEEP:
-        yield from image_batches(data, batch, seed, start, device, flip, workers=0 if device.type=='cpu' else 4)
+        yield from image_batches(data, batch, seed, start, device, flip=flip, workers=0 if device.type=='cpu' else 4)
         return
     images,conds = images.to(device),cond_map(lambda t: t.to(device), data.conds(slice(None)))
     for rows,coins in _rows(len(data), batch, seed, start):

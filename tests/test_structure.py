@@ -21,12 +21,13 @@ floors = {
     2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core assets image_files fused signals system.checkpoint system.texts',
-    -1: 'system.plan',
-    -2: 'system.tensors',
+    -1: 'system.plan system.image_files',
+    -2: 'system.tensors system.image_labels',
     -3: 'system.torch_files',
-    -4: 'system.atomic system.zips system.safe_pickle',
+    -4: 'system.image_names system.atomic system.zips system.safe_pickle',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
+handed_on = {'image_files': 'system.image_files'}  # names promised at the root whose body lives in a wing
 only_shown = {'plot', 'panels', 'dashboard'}  # for notebooks, cli and one another
 max_lines = 450
 late = {'matplotlib', 'diffusers', 'transformers', 'torchvision', 'PIL', 'IPython', 'peft', 'accelerate', 'torch_fidelity'}  # imported inside functions
@@ -122,6 +123,17 @@ def test_distill_names_no_kind_of_network():
     words |= {n.attr for n in ast.walk(tree('distill')) if isinstance(n, ast.Attribute)}
     words |= {a.name for n in ast.walk(tree('distill')) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
     assert not {w for w in words if re.search('edm|sdxl', w, re.I)}
+
+
+@pytest.mark.parametrize('name', handed_on)
+def test_names_handed_on(name):
+    "A module that keeps promised names holds one import and their list, nothing else"
+    doc, *body = tree(name).body
+    kinds = {type(o) for o in body}
+    lists = {t.id: ast.literal_eval(o.value) for o in body if isinstance(o, ast.Assign) for t in o.targets}
+    imports = [o for o in body if isinstance(o, ast.ImportFrom)]
+    assert kinds == {ast.ImportFrom, ast.Assign} and len(imports) == 1 and imports[0].module == handed_on[name]
+    assert sorted(lists['__all__']) == sorted(a.name for a in imports[0].names) and lists['__all__'] and set(lists) == {'__all__', '_all_'}
 
 
 @each_module

@@ -17,7 +17,7 @@ from torch import nn
 from ..core import rng
 from ..denoiser import dsm_loss
 from ..distill import DMD2Config, trainable
-from ..image_files import folder_images
+from ..system.image_files import folder_images
 from ..images import to_float
 from ..system.plan import content_hash, fingerprint
 from ..system.texts import read_text
