@@ -10,13 +10,14 @@ __all__ = ['VGG_URL', 'Stats', 'warn_few', 'as_stats', 'frechet_of', 'fid', 'fre
 # %% ../nbs/25_fid.ipynb #ee15a0dd
 from dataclasses import dataclass
 from pathlib import Path
-import os, warnings
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .system.atomic import one_move
 from .features import Features, batches_of, extract, fetched, read_weights
 from .system.image_files import center_patch, folder_images
 from .images import to_float, to_uint8
@@ -50,10 +51,11 @@ class Stats:
 
     def save(self, path):
         "As npz with EDM's names `mu` and `sigma`, in one move"
-        tmp = Path(path).with_name(f'.{Path(path).name}.tmp.npz')
-        np.savez(tmp, mu=self.mu.cpu().numpy(), sigma=self.cov.cpu().numpy(), n=np.array(self.n), features=np.array(self.name))
-        os.replace(tmp, path)
-        return Path(path)
+        path = Path(path)
+        facts = dict(n=np.array(self.n), features=np.array(self.name))
+        with one_move(path) as tmp, open(tmp, 'wb') as f:
+            np.savez(f, mu=self.mu.cpu().numpy(), sigma=self.cov.cpu().numpy(), **facts)
+        return path
 
     @classmethod
     def load(cls, path):

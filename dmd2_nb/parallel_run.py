@@ -9,7 +9,7 @@ __all__ = ['ParallelDMD2', 'save_parallel', 'load_parallel', 'gather_net']
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
-import json, shutil
+import json
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ import torch.distributed as dist
 from .core import compute_dtype, cond_index, cond_len, cond_map
 from .denoiser import Guided
 from .noise import check_sigmas
-from .system.atomic import fsync, write_text
-from .system.checkpoint import _digest, _signed, check_sums, load_optim, optim_tensors, read_state
+from .assets import sha256
+from .system.atomic import begin_folder, drop_folder, finish_folder, fsync, recover
+from .system.checkpoint import _signed, check_sums, load_optim, optim_tensors, read_state
 from .system.tensors import load_into, read_tensors, shard_index
 from .distill import DMD2
 from .parallel import World, all_ranks_same, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
-from .train import check_run, load_state, put_state, run_nets, run_state, save_state
+from .train import check_run, load_state, net_parts, put_state, run_nets, run_state, save_state
 from .weights import build_denoiser, denoiser_config
 
 # %% ../nbs/36a_parallel_run.ipynb #7a03faf9
@@ -173,12 +174,23 @@ def save_parallel(
 )->Path:
     "Each rank writes its pieces; the folder is there when all of them are"
     if not dmd.world.many: return save_state(dmd, folder, **extra)
+    folder = Path(folder)
+    begun = _on_main(dmd.world, lambda: str(begin_folder(folder)), folder)
+    tmp = Path(each_rank(begun)[0])
+    try:
+        _write_pieces(dmd, tmp, folder, extra)
+        _on_main(dmd.world, lambda: finish_folder(folder), folder)
+    except BaseException:
+        if dmd.world.main: drop_folder(folder)
+        raise
+    return folder
+
+def _write_pieces(dmd, tmp, folder, extra):
+    "The files of all ranks, and the state that the first one writes"
     from safetensors.torch import save_file
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-    folder = Path(folder)
-    tmp,old = (folder.with_name(f'.{folder.name}.{o}') for o in ('tmp','old'))
-    _on_main(dmd.world, lambda: (shutil.rmtree(tmp, ignore_errors=True), (tmp/'ranks').mkdir(parents=True)), folder)
-    _on_all(lambda: tmp.is_dir() or _unseen(tmp), folder)
+    _on_main(dmd.world, lambda: (tmp/'ranks').mkdir(), folder)
+    _on_all(lambda: (tmp/'ranks').is_dir() or _unseen(tmp), folder)
     opts = {n: optim_tensors(getattr(dmd, n)) for n in ('opt_g','opt_fake')}
     parts = {n: m.state_dict() for n,m in run_nets(dmd).items()} | {n: t for n,(t,_) in opts.items()}
     def write():
@@ -187,18 +199,11 @@ def save_parallel(
         save_file(_generators(dmd.world), _of_rank(tmp, dmd.world))
         mine = (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world))
         for f in mine: fsync(f)
-        return {f.relative_to(tmp).as_posix(): _digest(f) for f in mine}
+        return {f.relative_to(tmp).as_posix(): sha256(f) for f in mine}
     sums = {k: v for o in each_rank(_on_all(write, folder)) for k,v in o.items()}
     state = run_state(dmd, {n: g for n,(_,g) in opts.items()}, extra) | dict(ranks=dmd.world.size)
-    def finish():
-        write_text(tmp/'state.json', _signed(state, sums))
-        fsync(tmp)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists(): folder.rename(old)
-        tmp.rename(folder); fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    _on_main(dmd.world, finish, folder)
-    return folder
+    text = _signed(state, sums)
+    _on_main(dmd.world, lambda: (tmp/'state.json').write_text(text, encoding='utf-8'), folder)
 
 # %% ../nbs/36a_parallel_run.ipynb #15585b0d
 def load_parallel(
@@ -207,21 +212,25 @@ def load_parallel(
 )->dict: # `extra` as given when saving
     "Go on where any number of ranks stopped"
     if not dmd.world.many: return load_state(dmd, folder)
-    folder,targets,mine = Path(folder),{},{}
+    folder,targets,opts,mine = Path(folder),[],{},{}
+    _on_main(dmd.world, lambda: recover(folder), folder)
     def read():
         if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint, or not on a disk that all ranks see')
         state,sums = read_state(folder)
         check_run(dmd, state, folder)
         if state.get('ranks')==dmd.world.size: mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
-        for n,m in run_nets(dmd).items(): targets[n] = _fits(m.state_dict(), _index(folder, n), folder/n)
-        for n in ('opt_g','opt_fake'): targets[n] = _room(getattr(dmd, n), _index(folder, n))
+        for m,n in net_parts(dmd, _parts(folder), folder):
+            targets.append((n, m, _fits(m.state_dict(), _index(folder, n), folder/n)))
+        for n in ('opt_g','opt_fake'): opts[n] = _room(getattr(dmd, n), _index(folder, n))
         check_sums(folder, sums, dmd.world.rank, dmd.world.size)
         return state
     state = _on_all(read, folder)
-    for n,d in targets.items(): _fetch(folder, n, d)
-    for n,m in run_nets(dmd).items():
-        if dmd.mode=='ddp': m.load_state_dict(targets[n])
-    for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), targets[n], state['groups'][n])
+    for n,m,d in targets:
+        _fetch(folder, n, d)
+        if dmd.mode=='ddp': m.load_state_dict(d)
+    for n,d in opts.items():
+        _fetch(folder, n, d)
+        load_optim(getattr(dmd, n), d, state['groups'][n])
     for n,t in mine.items(): torch.cuda.set_rng_state(t, dmd.world.device) if n.endswith('cuda') else torch.set_rng_state(t)
     return put_state(dmd, state)
 
@@ -234,6 +243,7 @@ def _generators(world):
 
 # %% ../nbs/36a_parallel_run.ipynb #540bf8a6
 def _files(folder, n): return sorted((folder/n).glob('*.safetensors')) or [f for f in [folder/f'{n}.safetensors'] if f.is_file()]
+def _parts(folder): return {p.name.removesuffix('.safetensors') for p in folder.iterdir()}
 def _index(folder, n): return {k: size for k,(size,_) in shard_index(_files(folder, n)).items()}
 
 def _fits(mine, theirs, source):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
+from .system.checkpoint import check_fields, load_folder, load_optim, optim_tensors, save_folder
 from .system.tensors import check_fit, load_into, read_tensors
 from .core import EMA, compute_dtype, cond_map, cond_to, rng
 from .denoiser import EDMPrecond, dsm_loss
@@ -126,6 +126,7 @@ def load_teacher_run(
 )->dict: # start, opt and ema, for `train_teacher`
     "Put a stopped run's weights into `D`, and return what `train_teacher` goes on with"
     (tensors,state),ema,opt = load_folder(folder),EMA(D),teacher_opt(D)
+    check_fields(state, ('groups','halflife','step'), folder)
     for name,net in dict(net=D, ema=ema.net).items(): load_into(net, tensors.get(name, {}), f'{folder}/{name}.safetensors')
     load_optim(opt, tensors.get('opt', {}), state['groups'])
     ema.halflife = state['halflife']

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['train', 'save_state', 'load_state', 'random_states', 'put_random_states', 'run_state', 'check_run', 'put_state',
-           'run_nets']
+           'run_nets', 'net_parts']
 
 # %% ../nbs/15_train.ipynb #454fd863
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
-import random
+import random, warnings
 
 import numpy as np
 import torch
 
-from .system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
+from .system.checkpoint import check_fields, load_folder, load_optim, optim_tensors, save_folder
 from .system.tensors import load_into
 from .core import EMA, batch_stream, check_number, check_torch, cond_len, cond_map, cond_to, torch_settings
 from .distill import DMD2, DMD2Config
@@ -87,7 +87,7 @@ def load_state(
     "Go on where `save_state` stopped"
     tensors,state = load_folder(folder)
     check_run(dmd, state, folder)
-    for n,m in run_nets(dmd).items(): load_into(m, tensors.get(n, {}), f'{folder}/{n}.safetensors')
+    for net,part in net_parts(dmd, tensors, folder): load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
     for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
     put_random_states(tensors.get('random', {}))
     return put_state(dmd, state)
@@ -119,7 +119,9 @@ def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its op
 
 def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
-    other = DMD2Config.from_dict(state['config'])
+    check_fields(state, ('config','step','g_updates','warm_until','groups','scalers','extra'), folder)
+    check_fields(state['groups'], ('opt_g','opt_fake'), folder)
+    other = replace(DMD2Config.from_dict(state['config']), ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
     set_now = torch_settings()
     odd = [f'{k} {v} instead of {set_now[k]}' for k,v in state.get('torch', {}).items() if k in set_now and v!=set_now[k]]
     if odd: raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
@@ -135,5 +137,23 @@ def put_state(dmd, state:dict)->dict: # `extra`
     return state['extra']
 
 def run_nets(dmd)->dict: # The run
-    "The run's own networks; the teacher is not part of its state"
-    return {n: m for n,m in dict(generator=dmd.G, ema=dmd.ema.net, fake=dmd.fake, head=dmd.head).items() if m is not None}
+    "The run's own networks; the teacher is not part of its state, nor an average that is the generator itself"
+    nets = dict(generator=dmd.G, ema=dmd.ema.net if _averages(dmd) else None, fake=dmd.fake, head=dmd.head)
+    return {n: m for n,m in nets.items() if m is not None}
+
+def net_parts(
+    dmd,    # The run
+    there,  # Names of a checkpoint's parts
+    folder, # The checkpoint, for the message
+)->list: # Pairs of a network and the name of the part that fills it
+    "What fills which network; without an average in the checkpoint, it begins at the generator"
+    parts = [(m, n) for n,m in run_nets(dmd).items() if n!='ema']
+    if dmd.ema.net is dmd.G: return parts
+    average = 'ema' if _averages(dmd) and 'ema' in there else 'generator'
+    if _averages(dmd) and average!='ema':
+        warnings.warn(f"{folder} holds no average of the generator: it begins at the generator's weights", stacklevel=3)
+    return [*parts, (dmd.ema.net, average)]
+
+def _averages(dmd):
+    "Whether the average differs from the generator"
+    return dmd.ema.net is not dmd.G and getattr(dmd.ema, 'halflife', None)!=0

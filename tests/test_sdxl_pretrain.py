@@ -73,6 +73,11 @@ def test_resumed_equals_unbroken(pairs, tmp_path):
     torch.testing.assert_close(torch.stack(first+rest), torch.stack(losses))
     for a, b in zip(whole.parameters(), other.parameters()): torch.testing.assert_close(a, b)
     assert any((p != q).any() for p, q in zip(whole.parameters(), role().parameters()))
+    (tmp_path/'steps').mkdir()  # the layout that `save_step` writes goes on as well, and is kept
+    list(regression_pretrain(role(), pairs, 2, folder=tmp_path/'steps'/'step-2', **args))
+    again = role()
+    assert list(regression_pretrain(again, pairs, 5, folder=tmp_path/'steps', **args)) == losses[2:]
+    assert sorted(p.name for p in (tmp_path/'steps').iterdir()) == ['step-2', 'step-5']
     with pytest.raises(ValueError, match='another run: timestep 399 instead of 999'): next(regression_pretrain(role(), pairs, 9, timestep=999, folder=tmp_path/'run', **args))
 
 

@@ -20,11 +20,11 @@ floors = {
     3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
-    0: 'core assets image_files fused signals system.checkpoint system.texts',
+    0: 'core image_files fused signals system.checkpoint system.texts',
     -1: 'system.plan system.image_files',
     -2: 'system.tensors system.image_labels',
     -3: 'system.torch_files',
-    -4: 'system.image_names system.atomic system.zips system.safe_pickle',
+    -4: 'system.image_names system.atomic system.zips system.safe_pickle assets',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 handed_on = {'image_files': 'system.image_files'}  # names promised at the root whose body lives in a wing

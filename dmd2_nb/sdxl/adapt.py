@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..system.atomic import one_move
+from ..system.checkpoint import newest
 from ..core import rng
 from ..denoiser import dsm_loss
 from ..distill import DMD2Config, trainable
@@ -145,8 +147,9 @@ def adapt(
     dmd = sdxl_dmd2(roles, cfg, next(prompts.batches(1)) if prompts.index['kind']=='conditions' else next(prompts.batches(1))[1], uncond=uncond, ema_device=ema_device)
     roles.record()
     def show(name):
-        if sheet: folder.mkdir(parents=True, exist_ok=True); sheet(dmd.ema).save(folder/f'{name}.png')
-    if not (folder/'state'/'state.json').is_file(): show('before')
+        if not sheet: return
+        with one_move(folder/f'{name}.png') as tmp: sheet(dmd.ema).save(tmp)
+    if newest(folder/'state') is None: show('before')
     at = time.time()
     try:
         for log in distill_sdxl(dmd, prompts, steps, images, folder/'state', save_every):

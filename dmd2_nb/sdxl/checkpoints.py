@@ -7,14 +7,13 @@ __all__ = ['LORA_NAMES', 'read_checkpoint', 'load_dmd2_unet', 'check_fit', 'read
            'fuse_lora', 'model_card', 'export_lora', 'export_unet', 'tiny_pipeline', 'split_guidance', 'load_head']
 
 # %% ../../nbs/35_sdxl.checkpoints.ipynb #5614a986
-from contextlib import contextmanager
-import json, math, os, shutil
+import json
 from pathlib import Path
 
 import torch
 from torch import nn, Tensor
 
-from ..system.atomic import write_text
+from ..system.atomic import one_move_folder, write_text
 from ..system.tensors import load_into, read_tensors
 from ..gan import GanHead
 from .adapter import SDXL_UNET, CondUNet, EpsDenoiser, make_unet, make_vae
@@ -152,20 +151,6 @@ pipe('a photo of a cat', num_inference_steps={len(steps)}, guidance_scale=0, tim
 {fence}
 """
 
-# %% ../../nbs/35_sdxl.checkpoints.ipynb #fb130f13
-@contextmanager
-def _folder(folder):
-    "A new folder that appears under its name in one move"
-    folder = Path(folder)
-    tmp = folder.with_name(f'.{folder.name}.tmp-{os.getpid()}')
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    try:
-        yield tmp
-        old = folder.with_name(f'.{folder.name}.old-{os.getpid()}')
-        if folder.exists(): folder.rename(old)
-        tmp.rename(folder); shutil.rmtree(old, ignore_errors=True)
-    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
-
 # %% ../../nbs/35_sdxl.checkpoints.ipynb #72f89f29
 def export_lora(
     net:AdapterNet,      # A role, such as `roles.generator.net`
@@ -187,7 +172,7 @@ def export_lora(
     if layout=='diffusers':
         config = dict(r=net.rank, lora_alpha=net.alpha, target_modules=sorted(net.base.targets))
         meta['lora_adapter_metadata'] = json.dumps({f'unet.{k}': v for k,v in config.items()})
-    with _folder(folder) as tmp:
+    with one_move_folder(folder) as tmp:
         save_file(out, tmp/'pytorch_lora_weights.safetensors', metadata=meta)
         write_text(tmp/'README.md', model_card(timesteps, 'lora', **card))
     return Path(folder)/'pytorch_lora_weights.safetensors'
@@ -204,7 +189,7 @@ def export_unet(
     from safetensors.torch import save_file
     unet = net.unet if isinstance(net, CondUNet) else net
     sd = net.merged() if isinstance(net, AdapterNet) else unet.state_dict()
-    with _folder(folder) as tmp:
+    with one_move_folder(folder) as tmp:
         unet.save_config(tmp)
         save_file({k: v.detach().to('cpu', dtype).contiguous().clone() for k,v in sd.items()}, tmp/'diffusion_pytorch_model.safetensors', metadata=dict(format='pt'))
         write_text(tmp/'README.md', model_card(timesteps, 'unet', **card))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..system.checkpoint import load_folder, load_optim, newest, optim_tensors, save_folder
+from ..system.checkpoint import check_fields, load_folder, load_last, load_optim, optim_tensors, save_folder, save_last
 from ..system.tensors import check_finite, load_into
 from ..system.plan import identity
 from ..core import cond_cat, cond_to, compute_dtype, rng
@@ -100,7 +100,7 @@ def regression_pretrain(
     pairs.need('pairs')
     if len(pairs)<batch: raise ValueError(f'{len(pairs)} pairs are fewer than a batch of {batch}')
     run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed'], made=pairs.content_hash()),0
-    if folder and newest(folder): at = _resume(G, opt, folder, run)
+    if folder: at = load_last(folder, lambda p: _resume(G, opt, p, run))[0] or 0
     for step,idx in zip(range(at, steps), shuffled(len(pairs), batch, seed, at)):
         x,c,_ = pairs.items(idx)
         z,c = torch.cat([pair_noise(x.shape[1:], i, run['pair_seed']) for i in idx]).to(device),cond_to(c, device, torch.float32)
@@ -114,15 +114,18 @@ def regression_pretrain(
         if folder and ((step+1)%save_every==0 or step+1==steps):
             check_finite(dict(loss=loss) | G.state_dict(), f'{folder}, update {step+1}', 'the generator is not saved; lower the learning rate')
             tensors,groups = optim_tensors(opt)
-            save_folder(folder, dict(generator=G.state_dict(), optimiser=tensors), dict(step=step+1, groups=groups, run=run))
+            parts,state = dict(generator=G.state_dict(), optimiser=tensors),dict(step=step+1, groups=groups, run=run)
+            save_last(folder, step+1, lambda p: save_folder(p, parts, state))
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #e560b0fa
 def _resume(G, opt, folder, run:dict)->int: # Updates done
     "Take up the run in `folder`, if it is this one"
     tensors,state = load_folder(folder)
-    differ = [f'{k} {v} instead of {run[k]}' for k,v in state['run'].items() if run[k]!=v]
+    check_fields(state, ('groups','run','step'), folder)
+    differ = [f'{k} {v} instead of {run.get(k)}' for k,v in state['run'].items() if run.get(k)!=v]
     if differ: raise ValueError(f"{folder} holds another run: {'; '.join(differ)}")
-    load_into(G, tensors['generator'], folder); load_optim(opt, tensors['optimiser'], state['groups'])
+    load_into(G, tensors.get('generator', {}), folder)
+    load_optim(opt, tensors.get('optimiser', {}), state['groups'])
     return state['step']
 
 def _mse(a, b): return (a-b).pow(2).mean()

@@ -13,9 +13,10 @@ import warnings
 import torch
 from torch import nn, Tensor
 
-from ..system.checkpoint import newest
+from ..system.checkpoint import load_last, save_last
 from ..core import cond_index, cond_len, cond_map, rng
 from ..distill import DMD2, DMD2Config
+from ..parallel import each_rank
 from ..sampling import few_step_states
 from ..train import load_state, save_state, train
 from .adapter import few_step_timesteps, sdxl_sigmas
@@ -91,7 +92,7 @@ def distill_sdxl(
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
     "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
-    if folder and newest(folder): load(dmd, folder)
+    if folder: load_last(folder, lambda p: load(dmd, p), agree=lambda found: each_rank(found)[0])
     if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
     n,seed,at = dmd.cfg.batch,dmd.cfg.seed,dmd.step
     conds = prompts.batches(n, seed, at, dmd.device)
@@ -100,7 +101,8 @@ def distill_sdxl(
     if (w := getattr(dmd, 'world', None)): conds,reals = ((cond_index(o, w.rows(n//w.size)) for o in s) if s is not None else None for s in (conds, reals))
     for log in train(dmd, conds, steps-at, reals):
         yield log
-        if folder and (dmd.step%save_every==0 or dmd.step==steps): save(dmd, folder)
+        if folder and (dmd.step%save_every==0 or dmd.step==steps):
+            save_last(folder, dmd.step, lambda p: save(dmd, p), 2*getattr(w, 'main', True))
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #649acfdb
 @torch.no_grad()
