@@ -162,10 +162,15 @@ def load_optim(opt, tensors:dict, groups:list): # Optimiser; its tensors and set
     for (i,_,k),v in ((n.partition('.'), v) for n,v in tensors.items()): state.setdefault(int(i), {})[k] = v
     if [len(g['params']) for g in opt.param_groups]!=[len(g['params']) for g in groups]: raise ValueError('the optimiser state belongs to other networks')
     rates,places = [g['lr'] for g in opt.param_groups],{p: dict(s) for p,s in opt.state.items()}
-    opt.load_state_dict(dict(state=state, param_groups=[{k: tuple(v) if k=='betas' else v for k,v in g.items()} for g in groups]))
+    groups = [{k: tuple(v) if k=='betas' else v for k,v in g.items()} | _how(o) for g,o in zip(groups, opt.param_groups)]
+    opt.load_state_dict(dict(state=state, param_groups=groups))
     for g,r in zip(opt.param_groups, rates):
         if isinstance(r, Tensor): g['lr'] = r.fill_(g['lr'])
         for p in g['params']: _settle(opt.state[p], places.get(p, {}), p)
+
+def _how(group):
+    "How this optimiser computes, which belongs to the machine and the runner, not to the run: a run begun plain goes on with CUDA graphs"
+    return {k: group[k] for k in ('fused', 'foreach', 'capturable') if k in group}
 
 def _settle(state, old, p):
     "Loaded numbers go where the old ones were: a recorded CUDA graph knows no other place. New ones get the memory format of the weight, as fused AdamW wants"
