@@ -21,6 +21,7 @@ from .core import cond_index, cond_to, default_device, to_device
 from .distill import DMD2
 from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
+from .graphs import GraphRunner
 from .guards import Guard, check_weights, guarded
 from .images import ImageData, in_memory, match_classes, open_images, to_float
 from .parallel import World, each_rank
@@ -227,12 +228,10 @@ def distill_job(
     if r.continues and begin is None: raise ValueError(f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)")
     if iters<=cfg.warmup_fake: raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
     if guard not in ('stop', 'rollback', 'off'): raise ValueError(f"guard must be stop, rollback or off, got '{guard}'")
-    if (world.many or accum>1) and (graph or compile): raise ValueError('--graph and --compile are for one process and whole batches')
     make,shared = DMD2,{}
-    if graph: from dmd2_nb.graphs import GraphedDMD2 as make
     if world.many or accum>1: make,shared = ParallelDMD2,dict(world=world if world.many else World(device=device), accum=accum)
-    dmd = make(T, *first_networks(r, T, begin), cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
-    if r.decay: dmd.rate = falling_rate(1., iters, r.decay, 0.01)
+    dmd = make(T, *first_networks(r, T, begin), cfg, probe=cond_to(data.conds(torch.arange(1)), device), runner=GraphRunner() if graph else None,
+               rate=falling_rate(1., iters, r.decay, 0.01) if r.decay else None, **shared)
     if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
     if not world.main: out,pictures,say = tempfile.mkdtemp(),None,None  # the first process keeps the run's folder
     config = dict(job='distill', data=str(source or r.data), teacher=sha256(file), iters=iters, holdout=r.holdout, config=asdict(cfg)) | (dict(begin=str(begin)) if begin else {}) | (dict(decay=r.decay) if r.decay else {})
@@ -242,7 +241,7 @@ def distill_job(
         kept = load_last(root, lambda p: load(dmd, p), say or warnings.warn)[0] or {}
         if say: say(f'{run.folder}: ' + (f'goes on at iteration {dmd.step}' if dmd.step else f"{sum(p.numel() for p in T.parameters()):,} weights, {len(cfg.levels)} step{'s'*(len(cfg.levels)>1)}, on {device}"))
         if r.note and say: say(r.note)
-        if compile: dmd.compile() if graph else [m.compile() for m in (dmd.teacher, dmd.G, dmd.fake)]
+        if compile: dmd.compile()
         kinds,sampler = sheet_conds(data),lambda G=None: student_sampler(G or dmd.ema.net, cfg.levels)
         watch = (r.conds or eval_conds)(data, min(r.n_watch, n_eval))
         def evaluate(step, sec):

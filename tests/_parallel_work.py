@@ -261,3 +261,53 @@ def batches64(c, shape, world, n=50):
 def command(args):
     from dmd2_nb.cli import distill_main
     return distill_main(args.split())
+
+
+def listened(f):
+    "What `f` gives, and the collectives of tensors that it took part in, in order; texts of ranks are left out"
+    import torch.distributed as dist
+    calls, own = [], {n: getattr(dist, n) for n in ('all_reduce', 'all_gather')}
+    def note(name):
+        def call(*args, **kwargs):
+            t = args[-1]
+            if t.is_floating_point(): calls.append([name, list(t.shape)])
+            return own[name](*args, **kwargs)
+        return call
+    for n in own: setattr(dist, n, note(n))
+    try: return f(), calls
+    finally:
+        for n, g in own.items(): setattr(dist, n, g)
+
+
+def replayed(folder):
+    "Two processes, plain and replayed: gaps between them, and from one process; the order of collectives; on from each other's checkpoints"
+    from _echo import EchoRunner, SeenByMany
+    torch.set_default_dtype(torch.float64)
+    pairs = replace(cfg, w_reg=0.5, ttur=1)
+    res = dict(equal={}, alone={})
+    with setup('cpu', timeout=120) as w:
+        def new(cls=ParallelDMD2, c=cfg, check=0, **kwargs): return make(cls, c, world=w, check_every=check, **kwargs)
+        def both(name, steps, **kwargs):
+            a, b = new(**kwargs), new(**kwargs, runner=EchoRunner())
+            (logs, plain), (again, order) = listened(lambda: run(a, steps, w)), listened(lambda: run(b, steps, w))
+            res['equal'][name] = [gap(logs, again), weights_gap_here(a, b)]
+            return b, logs, plain, order
+        b, logs, res['plain'], res['replayed'] = both('whole', 16)
+        res['replays'] = [b.runner.replays(kind) for kind in ('generator', 'critic')]
+        ref = make(DMD2)
+        res['alone']['whole'] = [gap(run(ref, 16), logs), weights_gap(ref, b)]
+        both('pieces, regression, checks, view', 9, c=pairs, cls=SeenByMany, accum=2, check=1)
+        # saved plain, on replayed
+        first, then, whole = new(), new(runner=EchoRunner()), new()
+        logs = run(whole, 12, w)
+        head = run(first, 2, w)
+        save_parallel(first, f'{folder}/run')
+        load_parallel(then, f'{folder}/run')
+        res['resumed'] = [gap(logs, head+run(then, 10, w, 2)), weights_gap_here(whole, then)]
+    return res
+
+
+def weights_gap_here(a, b):
+    "Largest difference of the weights that two runs hold on this rank"
+    nets = [(getattr(a, n), getattr(b, n)) for n in ('G', 'fake', 'head')]+[(a.ema.net, b.ema.net)]
+    return max(float((v-u).abs().max()) for m, o in nets if m is not None for v, u in zip(m.state_dict().values(), o.state_dict().values()))

@@ -17,7 +17,7 @@ floors = {
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
     5: 'train recipes graphs sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
-    3: 'fake_score backsim regression fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
+    3: 'fake_score backsim regression parts fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'panels preference denoiser sampling dmd gan unet features',
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core image_files fused signals system.checkpoint system.texts',
