@@ -114,8 +114,8 @@ def npz_images(
     if x is None:
         has = some(npz_names(path)) or 'nothing'
         raise ValueError(f"{path}: has no 'images' or 'arr_0', only {has}")
-    if x.dtype!=np.uint8:
-        raise NotBytes(f'{path}: images must be uint8 (0 to 255), got {x.dtype} {x.shape}')
+    if x.dtype.kind not in 'biuf' or not x.dtype.isnative:
+        raise NotBytes(f'{path}: images must be uint8, got {x.dtype} {x.shape}')
     if x.ndim==3: x = x[:,None]
     elif x.ndim==4 and x.shape[-1] in (1,3): x = x.transpose(0, 3, 1, 2)
     names = tuple(str(o) for o in arrays.get('class_names', np.empty(0)).ravel())

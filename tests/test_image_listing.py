@@ -377,7 +377,7 @@ def test_garments_by_name(tmp_path):
         with pytest.raises(ValueError, match=f'{k}: has .* classes .*fashion16'): open_data(recipe('fashion16'), folders(tmp_path/k, kinds))
     own, _ = open_data(recipe('fashion16'), folders(tmp_path/'own', 'abcdefghij'))
     assert own.class_names == tuple('abcdefghij')
-    with pytest.raises(ValueError, match=r'own: has classes of its own \(a, b, c ...\), fashion16_teacher.safetensors knows'): open_teacher(recipe('fashion16'), own)
+    with pytest.raises(ValueError, match=r'own: has classes of its own \(a, b, c and 7 more\), fashion16_teacher.safetensors knows'): open_teacher(recipe('fashion16'), own)
 
 
 def test_the_layout_demo_keeps_its_numbers():
@@ -442,6 +442,14 @@ def test_no_picture_of_what_is_not_finite(bad, tmp_path):
     assert to_uint8(torch.tensor([[[[-9., 1.]]]])).tolist() == [[[[0, 255]]]]
 
 
+def test_no_drawing_of_what_is_not_finite():
+    from dmd2_nb.plot import tile
+    x = torch.zeros(3, 1, 4, 4)
+    assert tile(x, pad=0)[0, 0].tolist() == [128]*3
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r'images: has 1 NaN .*first at \(1, 0, 0, 0\)'): tile(x)
+
+
 # -- LMDB --
 
 def test_lmdb_twice(tmp_path):
@@ -456,3 +464,14 @@ def test_lmdb_twice(tmp_path):
     assert len(in_memory(b)) == 2
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='empty: not a readable LMDB .no data.mdb'): ImageLMDB(tmp_path/'empty')
+
+
+def test_lmdb_latents_twice(tmp_path):
+    lmdb = pytest.importorskip('lmdb')
+    from dmd2_nb.sdxl.data import LMDBLatents
+    env = lmdb.open(str(tmp_path/'x'), map_size=2**20)
+    with env.begin(write=True) as t:
+        for k, v in dict(latents_shape=b'1 4 2 2', latents_0_data=bytes(32), prompts_0_data=b'a cat').items(): t.put(k.encode(), v)
+    env.close()
+    both = LMDBLatents(tmp_path/'x'), LMDBLatents(str(tmp_path/'x'/'data.mdb'))
+    for o in both: assert o[0][1] == 'a cat' and o[0][0].shape == (4, 2, 2)
