@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LORA_PARTS', 'TEXT', 'WRAPS', 'PREFIXES', 'FAMILY', 'LDM_RESNET', 'LDM_FIXED', 'LDM_MIDDLE', 'IN_BLOCK', 'lora_part',
-           'is_lora', 'bare', 'ldm_names', 'LayerNames', 'few', 'sort_lora']
+           'is_lora', 'few', 'bare', 'ldm_names', 'LayerNames', 'sort_lora']
 
 # %% ../../nbs/34c_layers.lora_names.ipynb #fcc16778
 from collections import Counter
 import re, warnings
 
-# %% ../../nbs/34c_layers.lora_names.ipynb #e98ba4cf
+from ..system.plan import few as first_few
+
+# %% ../../nbs/34c_layers.lora_names.ipynb #76c27740
 LORA_PARTS = tuple((re.compile(rf'(?P<stem>.+?){ending}'), part) for ending,part in (
     (r'[._]lora(?:_linear_layer)?\.down\.weight', 'down'),             # diffusers, older
     (r'[._]lora(?:_linear_layer)?\.up\.weight', 'up'),
@@ -41,7 +43,12 @@ def is_lora(names): # Names of tensors
     "Whether a file holds an adapter of any kind"
     return any(lora_part(k)[1] not in (None, 'alpha', 'a whole difference') for k in names)
 
-# %% ../../nbs/34c_layers.lora_names.ipynb #6de717b8
+def few(names, n=3)->str: # Names; how many are told
+    "The first names, long ones cut in the middle, and how many more there are"
+    cut = (o if len(o)<=100 else f'{o[:45]}...{o[-45:]}' for o in names)
+    return first_few(cut, n, ', ')
+
+# %% ../../nbs/34c_layers.lora_names.ipynb #e9ccefbc
 TEXT = re.compile(
     r'(lora_te\d?_|lycoris_te\d?_|lora_t5|te\d?[._]|text_encoders?(_\d)?\.|text_model\.'
     r'|bundle_emb\.|conditioner\.|cond_stage_model\.|clip_[lg]\.|t5xxl\.)')  # text encoders
@@ -61,7 +68,6 @@ def bare(key:str)->str: # Name of a tensor
     for w in ('base_model.model.', 'module.', '_orig_mod.'): key = key.removeprefix(w)
     return key
 
-# %% ../../nbs/34c_layers.lora_names.ipynb #032e7269
 LDM_RESNET = {'conv1': 'in_layers.2', 'time_emb_proj': 'emb_layers.1', 'conv2': 'out_layers.3',
               'conv_shortcut': 'skip_connection'}
 LDM_FIXED = {
@@ -73,6 +79,7 @@ LDM_MIDDLE = {'resnets.0': 'middle_block.0', 'attentions.0': 'middle_block.1',
 IN_BLOCK = re.compile(
     r'(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)')
 
+# %% ../../nbs/34c_layers.lora_names.ipynb #0a9c46f3
 def ldm_names(
     layers, # Names of a diffusers U-Net's layers
 )->dict: # The name in Stability's code and in sd-scripts -> the name in diffusers
@@ -147,13 +154,37 @@ class LayerNames:
         "Whether a tensor is one of the network's own"
         return self.short(key, self.weights.__contains__) in self.weights
 
-# %% ../../nbs/34c_layers.lora_names.ipynb #fbf5a22b
-def few(names, n=3)->str: # Names; how many are told
-    "The first names, and how many more there are"
-    names = list(names)
-    told = ', '.join(o if len(o)<=100 else f'{o[:45]}...{o[-45:]}' for o in names[:n])
-    return told + (f' and {len(names)-n} more' if len(names)>n else '')
+# %% ../../nbs/34c_layers.lora_names.ipynb #272407b3
+def _nothing(text, source, what):
+    "The error for a file without a LoRA for this network"
+    if not text: raise ValueError(f'{source} holds no LoRA')
+    raise ValueError(f'{source} holds only a LoRA of text encoders ({few(text)}), '
+                     f'nothing for this {what}')
 
+def _refuse(finder, source, what, found, lost, others, strange):
+    "One error that names what would not be read"
+    if others:
+        told = '; '.join(f'{few(ks, 2)} ({part})' for part,ks in list(others.items())[:2])
+        raise ValueError(f'{source} holds more than the matrices of a plain LoRA: {told}. Merge it '
+                         'into its model with the program that made it')
+    foreign = [s for s in lost if FAMILY.match(finder.short(s))]
+    if foreign:
+        verb = 'is' if len(foreign)==1 else 'are'
+        raise ValueError(f'{source} belongs to another model: {few(foreign)} {verb} no layer of '
+                         f'this {what}')
+    if lost:
+        said = f'matches no layer of the {what}'
+        if found: said = 'also names layers that are not known here'
+        raise ValueError(f'{source} {said} ({few(lost)})')
+    if strange:
+        raise ValueError(f'{source} holds tensors that are no part of a LoRA: {few(strange)}')
+    half = [f'{n} has {" and ".join(p)} alone' for n,p in found.items()
+            if not {'down', 'up'}<=set(p)]
+    if half:
+        raise ValueError(f'{source} is not whole: {few(half)}; each layer needs a down (A) and an '
+                         'up (B) matrix')
+
+# %% ../../nbs/34c_layers.lora_names.ipynb #c5b5c7e7
 def sort_lora(
     names,   # Names of a file's tensors
     weights, # The network's shapes by the names of its tensors
@@ -187,32 +218,3 @@ def sort_lora(
     if own: warnings.warn(f"{source}: {len(own)} weights of the {what} itself ({few(own, 2)}) are "
                           "left out, only the LoRA's matrices are taken")
     return found
-
-def _nothing(text, source, what):
-    "The error for a file without a LoRA for this network"
-    if not text: raise ValueError(f'{source} holds no LoRA')
-    raise ValueError(f'{source} holds only a LoRA of text encoders ({few(text)}), '
-                     f'nothing for this {what}')
-
-def _refuse(finder, source, what, found, lost, others, strange):
-    "One error that names what would not be read"
-    if others:
-        told = '; '.join(f'{few(ks, 2)} ({part})' for part,ks in list(others.items())[:2])
-        raise ValueError(f'{source} holds more than the matrices of a plain LoRA: {told}. Merge it '
-                         'into its model with the program that made it')
-    foreign = [s for s in lost if FAMILY.match(finder.short(s))]
-    if foreign:
-        verb = 'is' if len(foreign)==1 else 'are'
-        raise ValueError(f'{source} belongs to another model: {few(foreign)} {verb} no layer of '
-                         f'this {what}')
-    if lost:
-        said = f'matches no layer of the {what}'
-        if found: said = 'also names layers that are not known here'
-        raise ValueError(f'{source} {said} ({few(lost)})')
-    if strange:
-        raise ValueError(f'{source} holds tensors that are no part of a LoRA: {few(strange)}')
-    half = [f'{n} has {" and ".join(p)} alone' for n,p in found.items()
-            if not {'down', 'up'}<=set(p)]
-    if half:
-        raise ValueError(f'{source} is not whole: {few(half)}; each layer needs a down (A) and an '
-                         'up (B) matrix')

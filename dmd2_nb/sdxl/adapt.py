@@ -42,6 +42,7 @@ class Described:
     @property
     def lora(self): return is_lora(self.shapes)
 
+# %% ../../nbs/39b_adapt.ipynb #da1a5647
 def describe(
     source, # Denoiser, diffusers U-Net, file of tensors, or folder of a U-Net, a pipeline or a LoRA
 )->Described:
@@ -60,6 +61,7 @@ def describe(
         spec = spec or PREDICTIONS.get(metadata.get('modelspec.prediction_type'))
     return Described(str(path), shapes, _said(path) or spec)
 
+# %% ../../nbs/39b_adapt.ipynb #c9a63e9d
 PREDICTIONS = {'v': 'v_prediction', 'v_prediction': 'v_prediction', 'epsilon': 'epsilon',
                'flow_prediction': 'flow', 'flow': 'flow', 'sample': 'sample'}
 
@@ -76,6 +78,7 @@ def network_files(
         return [at/Path(n).name for n in sorted(set(shards.values()))]
     return [lora_file(at)]
 
+# %% ../../nbs/39b_adapt.ipynb #8f0c869c
 def _said(path):
     "What the scheduler of a pipeline says about its U-Net; it lies in the folder, or beside the U-Net's"
     here = path if path.is_dir() else path.parent
