@@ -136,6 +136,7 @@ def put_state(dmd, state:dict)->dict: # `extra`
     for n in ('step','g_updates','warm_until'): setattr(dmd, n, state[n])
     return state['extra']
 
+# %% ../nbs/15_train.ipynb #07125568
 def run_nets(dmd)->dict: # The run
     "The run's own networks; the teacher is not part of its state, nor an average that is the generator itself"
     nets = dict(generator=dmd.G, ema=dmd.ema.net if _averages(dmd) else None, fake=dmd.fake, head=dmd.head)
