@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .system.atomic import one_move
-from .features import Features, batches_of, extract, fetched, read_weights
+from .features import Features, batches_of, extract, fetched
+from .system.tensors import read_state_dict
 from .system.image_files import center_patch, folder_images
 from .images import to_float, to_uint8
 from .metrics import feature_stats, frechet_distance, kid as kid_features, knn_precision_recall
@@ -250,7 +251,7 @@ def lpips(
     try: from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError: raise ImportError("lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'") from None
     path = fetched(VGG_URL, 'lpips', '553 MB', path, download, '397923af')
-    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_weights(path)
+    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_state_dict(path)
     for name,p in net.net.named_parameters():  # sliceK.LAYER.weight is features.LAYER.weight
         key = 'features.'+name.split('.', 1)[1]
         if key not in sd or sd[key].shape!=p.shape: raise ValueError(f'{path}: {key} is missing or misshapen, not the weights of VGG-16')

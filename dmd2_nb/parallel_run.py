@@ -21,7 +21,7 @@ from .noise import check_sigmas
 from .assets import sha256
 from .system.atomic import begin_folder, drop_folder, finish_folder, fsync, recover
 from .system.checkpoint import _signed, check_sums, load_optim, optim_tensors, read_state
-from .system.tensors import load_into, read_tensors, shard_index
+from .system.tensors import check_fit, load_into, read_tensors, shard_index
 from .distill import DMD2
 from .parallel import World, all_ranks_same, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
 from .train import check_run, load_state, net_parts, put_state, run_nets, run_state, save_state
@@ -220,7 +220,7 @@ def load_parallel(
         check_run(dmd, state, folder)
         if state.get('ranks')==dmd.world.size: mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
         for m,n in net_parts(dmd, _parts(folder), folder):
-            targets.append((n, m, _fits(m.state_dict(), _index(folder, n), folder/n)))
+            targets.append((n, m, check_fit(m.state_dict(), _index(folder, n), folder/n)))
         for n in ('opt_g','opt_fake'): opts[n] = _room(getattr(dmd, n), _index(folder, n))
         check_sums(folder, sums, dmd.world.rank, dmd.world.size)
         return state
@@ -245,13 +245,6 @@ def _generators(world):
 def _files(folder, n): return sorted((folder/n).glob('*.safetensors')) or [f for f in [folder/f'{n}.safetensors'] if f.is_file()]
 def _parts(folder): return {p.name.removesuffix('.safetensors') for p in folder.iterdir()}
 def _index(folder, n): return {k: size for k,(size,_) in shard_index(_files(folder, n)).items()}
-
-def _fits(mine, theirs, source):
-    "The run's own tensors, if the checkpoint's have the same names and shapes"
-    bad = [f'missing {k}' for k in mine if k not in theirs] + [f'unexpected {k}' for k in theirs if k not in mine]
-    bad += [f'{k} {theirs[k]} instead of {tuple(v.shape)}' for k,v in mine.items() if k in theirs and theirs[k]!=tuple(v.shape)]
-    if bad: raise ValueError(f"{source} does not fit: {'; '.join(bad[:10])}" + f' and {len(bad)-10} more'*(len(bad)>10))
-    return mine
 
 def _room(opt, index):
     "Tensors to read an optimiser's state into, spread like its parameters"

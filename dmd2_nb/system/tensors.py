@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
+from .safe_pickle import RefusedPickle
 from .torch_files import read_torch_file
 
 # %% ../../nbs/51_system.tensors.ipynb #a28ad415
@@ -163,8 +164,8 @@ def _file_tensors(path, part, say):
         if head.startswith(mark): raise ValueError(f'{path} {what}')
     if path.suffix=='.safetensors' or head[8:9]==b'{': return read_tensors(path)[0]
     try: data = read_torch_file(path)
+    except RefusedPickle: raise
     except ValueError as e:
-        if 'refused' in str(e): raise
         raise Damaged(f'{path}: not a readable state dict ({str(e).removeprefix(str(path)).strip()})') from None
     return _unwrap(data, part, path, say)
 
@@ -376,9 +377,10 @@ def check_fit(
     tensors:dict, # What is given
     source,       # What to call it in an error
     what='',      # What it should fit, such as ' this U-Net'
-):
+)->dict: # `mine`
     "Names and shapes must agree, or one clear error"
     if text := misfit(mine, tensors): raise ValueError(f'{source} does not fit{what}: {text}')
+    return mine
 
 def load_into(
     net:nn.Module, # Network to fill
