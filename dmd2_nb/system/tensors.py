@@ -368,9 +368,12 @@ def misfit(
     wrong = [f'{k} {theirs[k]} instead of {mine[k]}' for k in mine if k in theirs and mine[k]!=theirs[k]]
     if not missing and not unexpected and not wrong: return ''
     parts = dict(missing=missing, unexpected=unexpected, misshapen=wrong)
-    said = [f'{name}: {few(items)}' for name,items in parts.items() if items]
     cause = likely_cause(mine, theirs)
-    return '; '.join(([cause] if cause else []) + said)[:480]
+    for n in (10, 3, 1):
+        said = [f'{name}: {few(items, n)}' for name,items in parts.items() if items]
+        text = '; '.join(([cause] if cause else []) + said)
+        if len(text)<=480: break
+    return text[:480]
 
 def check_fit(
     mine:dict,    # What is wanted: name -> tensor or shape; a network's state dict, on the meta device for all it matters
