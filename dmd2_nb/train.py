@@ -87,7 +87,8 @@ def load_state(
     "Go on where `save_state` stopped"
     tensors,state = load_folder(folder)
     check_run(dmd, state, folder)
-    for net,part in net_parts(dmd, tensors, folder): load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
+    for net,part in net_parts(dmd, tensors, folder):
+        load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
     for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
     put_random_states(tensors.get('random', {}))
     return put_state(dmd, state)
@@ -119,9 +120,11 @@ def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its op
 
 def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
-    check_fields(state, ('config','step','g_updates','warm_until','groups','scalers','extra'), folder)
+    names = ('config','step','g_updates','warm_until','groups','scalers','extra')
+    check_fields(state, names, folder)
     check_fields(state['groups'], ('opt_g','opt_fake'), folder)
-    other = replace(DMD2Config.from_dict(state['config']), ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
+    other = DMD2Config.from_dict(state['config'])
+    other = replace(other, ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
     set_now = torch_settings()
     odd = [f'{k} {v} instead of {set_now[k]}' for k,v in state.get('torch', {}).items() if k in set_now and v!=set_now[k]]
     if odd: raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
