@@ -88,7 +88,8 @@ def load_state(
     "Go on where `save_state` stopped"
     tensors,state = load_folder(folder)
     check_run(dmd, state, folder)
-    for net,part in net_parts(dmd, tensors, folder): load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
+    for net,part in net_parts(dmd, tensors, folder):
+        load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
     for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
     put_random_states(tensors.get('random', {}))
     return put_state(dmd, state)
@@ -126,9 +127,11 @@ def adapters(dmd)->dict: # The run; empty without adapters
 
 def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
-    check_fields(state, ('config','step','g_updates','warm_until','groups','scalers','extra'), folder)
+    names = ('config','step','g_updates','warm_until','groups','scalers','extra')
+    check_fields(state, names, folder)
     check_fields(state['groups'], ('opt_g','opt_fake'), folder)
-    other = replace(DMD2Config.from_dict(state['config']), ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
+    other = DMD2Config.from_dict(state['config'])
+    other = replace(other, ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
     set_now = torch_settings()
     odd = [f'{k} {v} instead of {set_now[k]}' for k,v in state.get('torch', {}).items() if k in set_now and v!=set_now[k]]
     if odd: raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
@@ -145,6 +148,7 @@ def put_state(dmd, state:dict)->dict: # `extra`
     for n in ('step','g_updates','warm_until'): setattr(dmd, n, state[n])
     return state['extra']
 
+# %% ../nbs/15_train.ipynb #07125568
 def run_nets(dmd)->dict: # The run
     "The run's own networks; the teacher is not part of its state, nor an average that is the generator itself"
     nets = dict(generator=dmd.G, ema=dmd.ema.net if _averages(dmd) else None, fake=dmd.fake, head=dmd.head)
