@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .assets import cache_folder, check_sha256, data_path, sha256
-from .system.tensors import check_fit, load_into, read_state_dict, read_tensors
+from .system.tensors import check_finite, check_fit, load_into, read_state_dict, read_tensors
 from .feature_nets import Lite0, SmallClassifier
 from .images import open_images, to_uint8
 
@@ -81,6 +81,7 @@ def extract(
     fs = [features(x) for x in (progress or iter)(batches_of(images, features.batch))]
     if not fs: raise ValueError('no images to extract features from')
     f = torch.cat(fs)
+    check_finite(f, f'{features.name} features (images, numbers)', 'an image is not finite, or the network overflows')
     return f.cpu() if f.device.type=='mps' else f  # metrics need float64, which mps lacks
 
 # %% ../nbs/24_features.ipynb #65e77bbf

@@ -16,7 +16,7 @@ from torch import nn
 
 from .core import to_device
 from .system.atomic import one_move
-from .system.tensors import check_fit, few, load_into, plain_names, read_tensors
+from .system.tensors import check_finite, check_fit, few, load_into, plain_names, read_tensors
 from .denoiser import EDMPrecond
 
 # %% ../nbs/15a_weights.ipynb #272a71ff
@@ -68,6 +68,7 @@ def save_denoiser(
     "A denoiser and how to rebuild it, in one file"
     from safetensors.torch import save_file
     tensors = {k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k,v in D.state_dict().items()}
+    check_finite(tensors, path, 'it is not written; training has diverged' + (f', or a number is too large for {dtype}' if dtype else ''))
     with one_move(path) as tmp: save_file(tensors, tmp, metadata=dict(denoiser=json.dumps(denoiser_config(D)), meta=json.dumps(meta)))
     return Path(path)
 
