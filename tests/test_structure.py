@@ -22,9 +22,11 @@ floors = {
     1: 'plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
     0: 'core image_files fused signals system.checkpoint system.texts',
     -1: 'system.plan system.image_files',
-    -2: 'system.tensors system.image_labels',
-    -3: 'system.torch_files',
-    -4: 'system.image_names system.atomic system.zips system.safe_pickle assets',
+    -2: 'system.image_labels',
+    -3: 'system.image_names',
+    -4: 'system.tensors',
+    -5: 'system.torch_files',
+    -6: 'system.atomic system.zips system.safe_pickle assets',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 handed_on = {'image_files': 'system.image_files'}  # names promised at the root whose body lives in a wing
