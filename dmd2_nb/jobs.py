@@ -23,7 +23,7 @@ from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extrac
 from .generator import FewStepGenerator
 from .graphs import GraphRunner
 from .guards import Guard, check_weights, guarded
-from .images import ImageData, in_memory, match_classes, open_images, to_float
+from .images import CLASS_NAMES, ImageData, in_memory, match_classes, open_images, to_float
 from .parallel import World, each_rank
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
@@ -52,9 +52,7 @@ def open_data(
 
 def _known_classes(r):
     "Names by which the recipe's own network knows its classes"
-    if r.classes or not r.bundled: return r.classes
-    try: return open_images(r.data).class_names
-    except FileNotFoundError: return ()  # a set that has to be built first
+    return r.classes or CLASS_NAMES.get(r.data, ())
 
 def _check_names(data, names, file):
     "The bundled teacher was trained on classes that have names"

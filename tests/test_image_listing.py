@@ -11,7 +11,7 @@ from dmd2_nb.assets import data_path
 from dmd2_nb.features import check_images
 from dmd2_nb.fid import clip_score
 from dmd2_nb.image_files import ImageLMDB, ImageZip, folder_images, open_image, prepare
-from dmd2_nb.images import Drawn, drawn_rows, fashion16, in_memory, npz_images, open_images, to_uint8
+from dmd2_nb.images import CLASS_NAMES, Drawn, drawn_rows, fashion16, in_memory, npz_images, open_images, to_uint8
 from dmd2_nb.jobs import open_data, open_teacher
 from dmd2_nb.recipes import recipe
 from dmd2_nb.system.image_labels import array_labels
@@ -361,6 +361,7 @@ def test_numbered_classes_of_imagenet(tmp_path):
 def test_garments_by_name(tmp_path):
     "Folders named as the bundled set names its classes get its numbers, though another order is natural"
     names = fashion16().class_names
+    assert CLASS_NAMES['fashion16'] == names
     def folders(root, kinds):
         for i, n in enumerate(kinds):
             (root/n).mkdir(parents=True)
