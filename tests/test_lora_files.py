@@ -6,7 +6,7 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 
 from dmd2_nb.core import rng
-from dmd2_nb.layers.lora import LORA_FILES, content_mark, open_lora
+from dmd2_nb.layers.lora import content_mark, open_lora
 from dmd2_nb.layers.lora_names import ldm_names, lora_part
 from dmd2_nb.layers.lora_strength import pattern_value
 from dmd2_nb.sdxl.adapt import check_start
@@ -112,8 +112,8 @@ strange = {
     'down alone': ({'lora_unet_conv_in.lora_down.weight': torch.ones(4, 4, 3, 3)}, 'conv_in has down alone'), 'alpha alone': ({'lora_unet_conv_in.alpha': torch.tensor(1.)}, 'conv_in has alpha alone'),
     'unknown': ({'something': torch.ones(1)}, 'no part of a LoRA: something'), 'whole layer': ({'unet.conv_in.modules_to_save.weight': torch.ones(1)}, 'modules_to_save'),
     'twice': (pair(f'unet.{PROJ}'), 'same matrix twice'), 'another layer': (kohya('lora_unet_up_blocks_9_x'), 'belongs to another model: lora_unet_up_blocks_9_x is no layer'),
-    'odd name': (kohya('lora_unet_whatever'), 'not known here .lora_unet_whatever'), 'nan': ({f'{KOHYA}.alpha': torch.tensor(float('nan'))}, 'alpha holds numbers that are not finite'),
-    'zero': ({f'{KOHYA}.alpha': torch.tensor(0.)}, 'alpha must be a number above 0'), 'inf': ({lora_down: torch.full((4, 64), float('inf'))}, 'lora_down.weight holds numbers that are not finite'),
+    'odd name': (kohya('lora_unet_whatever'), 'not known here .lora_unet_whatever'), 'nan': ({f'{KOHYA}.alpha': torch.tensor(float('nan'))}, 'alpha has 1 NaN'),
+    'zero': ({f'{KOHYA}.alpha': torch.tensor(0.)}, 'alpha must be a number above 0'), 'inf': ({lora_down: torch.full((4, 64), float('inf'))}, 'lora_down.weight has 256 infinite'),
     'integers': ({lora_down: torch.ones(4, 64, dtype=torch.int8)}, 'not floating point'), 'rank': ({lora_down: torch.ones(5, 64)}, 'does not fit this U-Net: 1 misshapen'),
     'width': ({lora_down: torch.ones(4, 63)}, 'does not fit'), 'conv': ({lora_down: torch.ones(4, 64, 3, 3)}, 'does not fit'), 'flat': ({lora_down: torch.ones(64)}, 'does not fit'), 'empty': ({lora_down: torch.ones(0, 64)}, 'does not fit')}
 
@@ -285,13 +285,13 @@ def test_fusing_twice(tmp_path):
 
 
 def test_folder_of_several_files(tmp_path):
-    for i, name in enumerate(('a.safetensors', *reversed(LORA_FILES[:2]))):
+    for i, name in enumerate(('a.safetensors', 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors')):
         write(tmp_path, {k: (i+1)*v for k, v in kohya().items()} | {f'{KOHYA}.alpha': torch.tensor(4.)}, name)
         if not i: assert scale(tmp_path) == pytest.approx(1)
         else:
-            with pytest.warns(UserWarning, match=f'{name} is taken, not'): assert scale(tmp_path) == pytest.approx((i+1)**2)
+            with pytest.warns(UserWarning, match=f'reading {name}; also there: '): assert scale(tmp_path) == pytest.approx((i+1)**2)
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='holds no .safetensors file'): scale(tmp_path/'empty')
+    with pytest.raises(FileNotFoundError, match='holds no file of weights'): scale(tmp_path/'empty')
     with pytest.raises(FileNotFoundError, match='none.safetensors is missing'): scale(tmp_path/'none.safetensors')
 
 

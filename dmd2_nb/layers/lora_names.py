@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LORA_PARTS', 'TEXT', 'WRAPS', 'PREFIXES', 'FAMILY', 'LDM_RESNET', 'LDM_FIXED', 'LDM_MIDDLE', 'IN_BLOCK', 'lora_part',
-           'is_lora', 'few', 'bare', 'ldm_names', 'LayerNames', 'sort_lora']
+           'is_lora', 'bare', 'ldm_names', 'LayerNames', 'sort_lora']
 
 # %% ../../nbs/34c_layers.lora_names.ipynb #fcc16778
 from collections import Counter
 import re, warnings
 
-from ..system.plan import few as first_few
+from ..system.tensors import few
 
 # %% ../../nbs/34c_layers.lora_names.ipynb #76c27740
 LORA_PARTS = tuple((re.compile(rf'(?P<stem>.+?){ending}'), part) for ending,part in (
@@ -42,11 +42,6 @@ def lora_part(
 def is_lora(names): # Names of tensors
     "Whether a file holds an adapter of any kind"
     return any(lora_part(k)[1] not in (None, 'alpha', 'a whole difference') for k in names)
-
-def few(names, n=3)->str: # Names; how many are told
-    "The first names, long ones cut in the middle, and how many more there are"
-    cut = (o if len(o)<=100 else f'{o[:45]}...{o[-45:]}' for o in names)
-    return first_few(cut, n, ', ')
 
 # %% ../../nbs/34c_layers.lora_names.ipynb #e9ccefbc
 TEXT = re.compile(

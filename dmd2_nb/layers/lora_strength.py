@@ -10,7 +10,8 @@ __all__ = ['PEFT_PLAIN', 'PEFT_START', 'number', 'is_number', 'as_table', 'patte
 import json, math, re
 from pathlib import Path
 
-from .lora_names import TEXT, few
+from .lora_names import TEXT
+from ..system.tensors import few
 
 # %% ../../nbs/34d_layers.lora_strength.ipynb #965fb62b
 def number(
