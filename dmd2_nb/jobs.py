@@ -17,7 +17,7 @@ import torch
 from .assets import data_path, sha256
 from .system.checkpoint import load_folder, load_last, newest, save_step, steps
 from .system.tensors import load_into
-from .core import cond_index, cond_to, default_device, to_device
+from .core import cond_index, cond_to, default_device, stream_seed, to_device
 from .distill import DMD2
 from .evaluate import Judge, best_row, bundled_samples, draw, eval_conds, extractor, sheet_conds, student_sampler, teacher_samples, teacher_sampler
 from .generator import FewStepGenerator
@@ -153,7 +153,7 @@ def train_teacher_job(
         if compile: D.model.compile()
         kinds,last = sheet_conds(data),{}
         def logs():
-            for o in train_teacher(D, batches(data, t['batch'], seed, start, device, r.flip), t['steps']-start, lr=falling_rate(t['lr'], t['steps'], t['decay']),
+            for o in train_teacher(D, batches(data, t['batch'], stream_seed(seed, 'reals'), start, device, r.flip), t['steps']-start, lr=falling_rate(t['lr'], t['steps'], t['decay']),
                                    halflife=t['halflife'], label_dropout=t['label_dropout'], groups=t.get('groups'), dtype=t.get('dtype', 'float32'),
                                    seed=seed, graph=graph, **back):
                 last.update(o)
@@ -259,7 +259,7 @@ def distill_job(
         after = [(r.every.get('keep', 0)*world.main, lambda step,sec: save_denoiser(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', torch.float16, **facts)),
                  (r.every['show']*world.main, lambda step,sec: _call(pictures, 'grid', run/'grids'/f'{step:06d}.png', draw(sampler(), data.shape, kinds, device=device), data, kinds))]
         mine = lambda stream: (cond_index(o, world.rows(cfg.batch//world.size)) for o in stream) if world.many else stream
-        streams = lambda at: (mine(cond_batches(data, cfg.batch, cfg.seed+2, at, device)), mine(batches(data, cfg.batch, cfg.seed+1, at, device, r.flip)) if cfg.gan or cfg.rollout!='sim' else None)
+        streams = lambda at: (mine(cond_batches(data, cfg.batch, stream_seed(cfg.seed, 'conds'), at, device)), mine(batches(data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, r.flip)) if cfg.gan or cfg.rollout!='sim' else None)
         columns = COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in judge.columns)
         def go():
             conds,reals = streams(dmd.step)
