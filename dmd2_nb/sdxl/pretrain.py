@@ -95,6 +95,9 @@ def regression_pretrain(
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
 ): # Yields the loss of each update
     "Teach a generator its teacher's pairs in one step"
+    steps,save_every,batch = (check_number(k, v, 1, whole=True) for k,v in dict(steps=steps, save_every=save_every, batch=batch).items())
+    check_number('lr', lr, above=0, most=1)
+    check_number('clip', clip, 0)
     decode,distance,sigma,device = decode or (lambda x: x),distance or _mse,sdxl_sigmas((timestep,))[0].float(),next(G.parameters()).device
     opt,dtype = torch.optim.AdamW(trainable(G), lr=lr, weight_decay=0.01),compute_dtype(dtype, device)
     if dtype==torch.float16: raise ValueError('regression_pretrain has no loss scaling: dtype must be bfloat16 or float32')
