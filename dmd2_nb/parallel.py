@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['World', 'setup', 'lost_contact', 'each_rank', 'fingerprint', 'all_ranks_same', 'all_ranks_differ', 'any_rank',
-           'in_step', 'rematerialise', 'shard_units', 'shard', 'average_grads', 'syncing', 'on_meta', 'fill',
-           'gather_state']
+           'in_step', 'rematerialise', 'shard_units', 'shard', 'cut_modules', 'let_go', 'average_grads', 'syncing',
+           'on_meta', 'fill', 'gather_state']
 
 # %% ../nbs/36_parallel.ipynb #32bc4a4e
 from contextlib import contextmanager
@@ -181,16 +181,29 @@ def shard(
     dtype=None,     # Parameters are fetched and used in this dtype; gradients meet in float32
     units=None,     # Modules to fetch one at a time; `shard_units` when absent
     methods=('encode',), # What is called besides `forward`
+    *,
+    keep:bool=False, # Fetched weights stay until `let_go`: fewer messages, and room for a whole network in `dtype`
 ): # `net`; state-dict keys stay as they are
     "Spread a network over the processes, a piece on each (FSDP2)"
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     low = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(dtype if low else None, torch.float32 if low else None, cast_forward_inputs=False)
-    for m in shard_units(net) if units is None else units: fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for m in shard_units(net) if units is None else units:
+        fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    for m in cut_modules(net) if keep else (): m.set_reshard_after_backward(False, recurse=False)
     for m in methods:
         if hasattr(net, m): register_fsdp_forward_method(net, m)
     return _settle(net)
+
+def cut_modules(net:nn.Module)->list: # Network that went through `shard`, or not
+    "The modules whose weights are fetched together"
+    from torch.distributed.fsdp import FSDPModule
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+def let_go(net:nn.Module): # Network that went through `shard(keep=True)`
+    "Give fetched weights back: the next pass fetches them as they are then"
+    for m in cut_modules(net): m.reshard()
 
 def _settle(net):
     "Let FSDP2 note dtypes while every parameter that learns says so: DMD2's first pass may be one with frozen weights"

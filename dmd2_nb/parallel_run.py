@@ -23,7 +23,7 @@ from .system.atomic import begin_folder, drop_folder, finish_folder, fsync, reco
 from .system.checkpoint import _signed, check_sums, load_optim, optim_tensors, read_state
 from .system.tensors import check_fit, load_into, read_tensors, shard_index
 from .distill import DMD2
-from .parallel import World, all_ranks_same, average_grads, each_rank, fill, fingerprint, gather_state, rematerialise, shard, shard_units, syncing
+from .parallel import World, all_ranks_same, average_grads, each_rank, fill, fingerprint, gather_state, let_go, rematerialise, shard, shard_units, syncing
 from .parts import OneProcess
 from .train import check_run, load_state, net_parts, put_state, run_nets, run_state, save_state
 from .weights import build_denoiser, denoiser_config
@@ -38,7 +38,8 @@ class ManyProcesses(OneProcess):
         shards:int=None,    # 'fsdp': ranks that share one copy; all when absent
         accum:int=1,        # Pieces that each rank cuts its rows into, one forward and backward pass each
         remat:bool=False,   # Compute activations again instead of keeping them
-        sync_each:bool=None,# 'fsdp': gradients meet after each backward pass (less memory, as when absent) or once an update
+        sync_each:bool=None,# 'fsdp': gradients meet after each backward pass (less memory) or once an update; as `keep` wants it when absent
+        keep:bool=False,    # 'fsdp': fetched weights stay until they change (fewer messages, more memory)
         weights=None,       # For networks on the meta device: `weights(part, name, shape) -> Tensor`, part 'teacher', 'G' or 'fake'
         check_every:int=50, # Iterations between checks that the ranks agree; 0 for none
     ):
@@ -47,7 +48,9 @@ class ManyProcesses(OneProcess):
         self.rank,self.size,self.device = world.rank,world.size,world.device
         self.main,self.many,self.mesh = world.main,world.many,world.mesh
         self.mode,self.shards,self.accum,self.remat = mode,shards,accum,remat
-        self.sync_each,self.weights,self.check_every = sync_each is not False,weights,check_every
+        self.sync_each = not keep if sync_each is None else sync_each
+        self.weights,self.check_every = weights,check_every
+        self.keep,self.kept = keep,[]
         self.same = 0  # checks in a row that found the same conditions everywhere
 
     # -- networks --
@@ -64,9 +67,16 @@ class ManyProcesses(OneProcess):
         mesh = self.mesh(self.shards) if self.many and self.mode=='fsdp' else None
         for n,m in nets.items():
             empty = any(p.is_meta for p in m.parameters())
-            if mesh is not None and any(True for _ in m.parameters()): shard(m, mesh, None if n=='ema' else dmd.dtype)
+            if mesh is not None and any(True for _ in m.parameters()):
+                shard(m, mesh, None if n=='ema' else dmd.dtype, keep=self.keep and n!='ema')
             if empty: fill(m.D if isinstance(m, Guided) else m, partial(self.weights, 'G' if n=='ema' else n), self.device)
             else: m.to(self.device)
+        if mesh is not None and self.keep: self._keep(dmd)
+
+    def _keep(self, dmd):
+        "Note the networks that learn, and the generator's parameters as its optimiser will know them"
+        self.kept = [m for m in (dmd.G, dmd.fake, dmd.head) if m is not None]
+        self.generator,self.known = dmd.G,{id(p) for p in dmd.G.parameters()}
 
     def _rematerialise(self, *nets):
         for m in nets:
@@ -106,6 +116,9 @@ class ManyProcesses(OneProcess):
         return syncing(*nets, on=self.sync_each or (last and self.piece in (None, self.accum-1)))
     def meet(self, params):
         if self.many and self.mode=='ddp': average_grads(params, self.size)
+        for net in self.kept:
+            # the critic is let go of in the generator's turn too: it was fetched while frozen, and would stay so
+            if net is not self.generator or id(params[0]) in self.known: let_go(net)
         grads = [p.grad for p in params if p.grad is not None]
         if self.accum>1 and grads: torch._foreach_mul_(grads, 1/self.accum)
     def norm(self, norm): return norm.full_tensor() if hasattr(norm, 'full_tensor') else norm
@@ -170,11 +183,11 @@ class ParallelDMD2(DMD2):
     def __init__(self, *args, # As for `DMD2`
         world=World(), # From `setup`
         mode:str='ddp', shards:int=None, accum:int=1, remat:bool=False, # As for `ManyProcesses`
-        sync_each:bool=None, weights=None, check_every:int=50, # As for `ManyProcesses`
+        sync_each:bool=None, keep:bool=False, weights=None, check_every:int=50, # As for `ManyProcesses`
         **kwargs,      # As for `DMD2`
     ):
         part = ManyProcesses(world, mode=mode, shards=shards, accum=accum, remat=remat, sync_each=sync_each,
-                             weights=weights, check_every=check_every)
+                             keep=keep, weights=weights, check_every=check_every)
         super().__init__(*args, world=part, **kwargs)
 
 # %% ../nbs/36a_parallel_run.ipynb #2887511d

@@ -93,7 +93,9 @@ def two_ranks(folder):
         res['equal'] = dict(ddp=alike(w), fsdp=alike(w, mode='fsdp'), ddp_unet=alike(w, 4, kind='unet'), fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
                             ddp_regression=alike(w, 4, other, data=False), fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
                             ddp_adm=alike(w, 3, kind='adm', remat=True), fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
-                            ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'))
+                            ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'),
+                            fsdp_kept=alike(w, mode='fsdp', keep=True), fsdp_kept_mix=alike(w, 8, mixed, mode='fsdp', keep=True),
+                            fsdp_kept_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True, keep=True, accum=2))
         res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
