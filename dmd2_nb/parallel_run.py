@@ -219,7 +219,8 @@ def _write_pieces(dmd, tmp, folder, extra):
     parts = {n: m.state_dict() for n,m in run_nets(dmd).items()} | {n: t for n,(t,_) in opts.items()}
     def write():
         for n,d in parts.items():
-            if d: save(dict(d), storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
+            d = {k: v.contiguous() for k,v in d.items()}  # the writer takes no channels-last tensors
+            if d: save(d, storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
         save_file(_generators(dmd.world), _of_rank(tmp, dmd.world))
         mine = (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world))
         for f in mine: fsync(f)

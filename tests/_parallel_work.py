@@ -84,6 +84,20 @@ def fails(f):
     except Exception as e: return f'{type(e).__name__}: {e}'
 
 
+def channels_last(w, folder):
+    "A network in the memory format of a GPU is saved by two ranks and goes on: the largest gap of the losses"
+    def begin():
+        dmd = make(world=w, kind='unet')
+        for m in (dmd.G, dmd.fake): m.to(memory_format=torch.channels_last)
+        return dmd
+    dmd = begin()
+    run(dmd, 3, w)
+    save_parallel(dmd, f'{folder}/last', position=3)
+    other = begin()
+    load_parallel(other, f'{folder}/last')
+    return gap(run(dmd, 3, w, 3), run(other, 3, w, 3))
+
+
 def two_ranks(folder):
     torch.set_default_dtype(torch.float64)
     res = {}
@@ -97,6 +111,7 @@ def two_ranks(folder):
                             fsdp_kept=alike(w, mode='fsdp', keep=True), fsdp_kept_mix=alike(w, 8, mixed, mode='fsdp', keep=True),
                             fsdp_kept_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True, keep=True, accum=2))
         res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
+        res['last'] = channels_last(w, folder)
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
             run(dmd, 3, w)

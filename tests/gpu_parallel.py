@@ -254,7 +254,10 @@ def adapters(a, w, rows):
     pooled = unet['projection_class_embeddings_input_dim']-6*unet['addition_time_embed_dim']
     half, each, seconds = torch.bfloat16 if w.device.type == 'cuda' else torch.float32, 1, {}
     torch.manual_seed(0)
-    with torch.device(w.device): body = make_unet(unet, dtype=half)
+    body = make_unet(unet, device='meta', dtype=half).to_empty(device=w.device)
+    weights = random_weights(w)
+    with torch.no_grad():
+        for n, p in body.named_parameters(): p.copy_(weights('unet', n, tuple(p.shape)))
     for plan, world in dict(one=World(device=w.device), all=w).items():
         each_rank(0)
         if plan == 'one' and not w.main: each_rank(0); continue
@@ -315,7 +318,7 @@ def resume(a, w, rows):
     def gaps(x, y):
         scale = {k: max(abs(o[k]) for o in x+y if k in o) for k in set().union(*x)}
         return {k: max(abs(p[k]-q[k]) for p, q in zip(x, y) if k in p)/max(s, 1e-9) for k, s in sorted(scale.items())}
-    for mode in ('fsdp', 'ddp'):
+    for mode in ('ddp', 'fsdp'):
         if not rows.time_for(5 if a.tiny else 30): rows(what='left out', name=mode, error='no time left'); break
         fresh(w); t = time.perf_counter()
         many, stream = edm_run(a, w, batch, mode, **changes), labelled(a, w, batch)
