@@ -15,8 +15,8 @@ import torch
 from torch import nn, Tensor
 
 from .system.atomic import one_move, write_text
-from .system.plan import differences, few, fingerprint, identity, read_plan
-from .system.tensors import check_finite
+from .system.plan import differences, fingerprint, identity, read_plan
+from .system.tensors import check_finite, few
 from .system.texts import first_captions, read_prompts, read_text  # read_prompts is handed on
 from .core import rng
 from .evaluate import plus_minus, table

@@ -6,7 +6,7 @@
 __all__ = ['toy_config', 'DMD2Config', 'config_value', 'DMD2', 'trainable', 'calibrate_gan_weight']
 
 # %% ../nbs/14_distill.ipynb #d97489ed
-from contextlib import nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from math import inf
@@ -14,15 +14,16 @@ from math import inf
 import torch
 from torch import nn, Tensor
 
-from .core import (EMA, append_dims, at_least_float32, batch_stream, check_number, check_numbers, checked, compute_dtype,
-                          cond_cat, cond_len, frozen, rng)
+from .core import (EMA, batch_stream, check_number, check_numbers, checked, compute_dtype, cond_cat, cond_index,
+                          cond_len, cond_map, frozen, rng)
 from .denoiser import Guided
-from .noise import add_noise, check_sigmas, sample_sigma
+from .noise import add_noise, check_sigmas
 from .dmd import dmd_loss
 from .gan import GanHead, gan_d_loss, gan_g_loss
 from .fake_score import fake_score_loss
 from .backsim import simulate
 from .regression import regression_loss
+from .parts import Draws, OneProcess, PlainRunner
 
 # %% ../nbs/14_distill.ipynb #6cf7f2f5
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +104,25 @@ toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_he
 # %% ../nbs/14_distill.ipynb #7dbc771b
 class DMD2:
     "Networks, optimisers and step count of one run"
-    capturable = False # Whether the optimisers must work inside CUDA graphs
-    def rate(self, step): return 1. # factor of all learning rates; a run that lets them fall puts a function in its place
     def __init__(self,
         teacher,             # Denoiser, frozen here
         G:nn.Module,         # Generator, a denoiser with the teacher's interface
         fake:nn.Module,      # Fake score
         cfg:DMD2Config,      # The run's numbers
         head:nn.Module=None, # GAN head on `fake.encode`; made when the GAN is on
+        *,
         shape:tuple=None,    # Of a sample without batch; asked of `G` or the teacher when absent
         pairs=None,          # `TeacherPairs`, for `w_reg`
         uncond=None,         # Empty condition for guidance, see `Guided`
         probe=None,          # One-row condition to size the head with
         ema:nn.Module=None,  # Average of the generator; made from `G` when absent
+        rate=None,           # `rate(step)`, a factor of all learning rates; 1 when absent
+        draws=None,          # Where random numbers come from; `Draws()` when absent
+        world=None,          # Who holds which rows; `OneProcess()` when absent
+        runner=None,         # How a turn is run; `PlainRunner()` when absent
     ):
-        self.cfg,self.G,self.fake,self.pairs = cfg,G,fake,pairs
+        self.cfg,self.G,self.fake,self.pairs,self.rate = cfg,G,fake,pairs,rate
+        self.draws,self.world,self.runner = draws or Draws(),world or OneProcess(),runner or PlainRunner()
         self.shape = tuple(shape or getattr(G, 'shape', None) or getattr(teacher, 'shape', None) or ())
         if not self.shape: raise ValueError('shape of a sample is unknown: pass shape=(c, h, w)')
         if cfg.w_reg and pairs is None: raise ValueError('w_reg needs teacher pairs')
@@ -131,12 +136,14 @@ class DMD2:
         self.ema = EMA(G, cfg.ema_halflife) if ema is None else ema
         self.sigmas = check_sigmas(list(cfg.levels)).to(self.device)
         self.step,self.g_updates,self.warm_until = 0,0,cfg.warmup_fake
-        self.place()
-        adam = lambda groups,betas: torch.optim.AdamW(groups, betas=betas, weight_decay=cfg.weight_decay, fused=self.device.type=='cuda', capturable=self.capturable)
-        self.opt_g = adam([dict(params=trainable(G), lr=cfg.lr_g)], cfg.betas_g)
-        self.opt_fake = adam([dict(params=trainable(m), lr=lr) for m,lr in ((fake, cfg.lr_fake), (self.head, cfg.lr_head)) if m is not None], cfg.betas_fake)
-        for g in self.opt_g.param_groups+self.opt_fake.param_groups: g['base_lr'] = g['lr']
-        self.scaler_g,self.scaler_fake = (torch.amp.GradScaler(self.device.type, enabled=self.dtype==torch.float16) for _ in range(2))
+        self.world.place(self)
+        critic = [(fake, cfg.lr_fake), (self.head, cfg.lr_head)]
+        self.opt_g = self._adam([(G, cfg.lr_g)], cfg.betas_g)
+        self.opt_fake = self._adam([o for o in critic if o[0] is not None], cfg.betas_fake)
+        scaled = self.dtype==torch.float16
+        self.scaler_g = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.scaler_fake = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.runner.start(self)
 
     @classmethod
     def from_teacher(cls,
@@ -147,26 +154,69 @@ class DMD2:
     ):
         "Generator and fake score start as copies of the teacher, or of `init`"
         net = teacher if init is None else init
-        if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()): raise ValueError('the teacher has no weights to copy: pass init=network')
-        return cls(teacher, *(deepcopy(net).requires_grad_(True) for _ in range(2)), cfg, **kwargs)
+        if not isinstance(net, nn.Module) or not any(True for _ in net.parameters()):
+            raise ValueError('the teacher has no weights to copy: pass init=network')
+        G,fake = (deepcopy(net).requires_grad_(True) for _ in range(2))
+        return cls(teacher, G, fake, cfg, **kwargs)
 
     @torch.no_grad()
     def make_head(self, fake, probe=None):
+        "A GAN head for the fake score's features, drawn from the run's seed"
         p = next(fake.parameters())
-        h = fake.encode(torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype), torch.ones(1, device=p.device), probe)
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(self.cfg.seed); return GanHead(tuple(h.shape[1:])).to('cpu' if p.is_meta else p.device, p.dtype)
+        if p.is_meta:  # a network without memory is asked for the size of its features there
+            fake,probe = deepcopy(fake).to('meta'),cond_map(lambda t: t.to('meta'), probe)
+        x,sigma = torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype),torch.ones(1, device=p.device)
+        shape = tuple(fake.encode(x, sigma, probe).shape[1:])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.cfg.seed)
+            return GanHead(shape).to('cpu' if p.is_meta else p.device, p.dtype)
 
-    def place(self): "Spread the networks, before the optimisers take hold of their parameters"
-    def syncs(self, *nets, last=True): return nullcontext() # around a forward and backward pass; `last` of this update?
+    def compile(self, **kwargs): # As for `torch.compile`
+        "Compile the networks: fused kernels, inside graphs as well"
+        for m in (self.teacher, self.G, self.fake, self.head):
+            if isinstance(m, nn.Module): m.compile(**kwargs)
+        self.fake.encode = torch.compile(self.fake.encode, **kwargs)
+        return self
 
-    # -- randomness: every draw is named by (seed, step, stream); `n` is a number of rows, or a tuple of them for a batch put together from parts --
-    def rng(self, stream, device=None): return rng(self.cfg.seed, self.step, stream, device=device or self.device)
-    def randn(self, stream, n): return torch.randn(_rows(n), *self.shape, generator=self.rng(stream), device=self.device)
-    def sigma(self, stream, n, bins): return sample_sigma(self.fake, _rows(n), *bins, generator=self.rng(stream), device=self.device)
-    def pair_rows(self, stream, n): return torch.randint(len(self.pairs), (n,), generator=self.rng(stream), device=self.device)
-    def pair_batch(self, stream, n): return self.pairs.batch(n, self.rng(stream))
-    batch = property(lambda self: self.cfg.batch)
-    def cast(self): return torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.bfloat16, torch.float16))
+    def _adam(self, nets, betas):
+        groups = [dict(params=trainable(m), lr=lr) for m,lr in nets]
+        opt = torch.optim.AdamW(groups, betas=betas, weight_decay=self.cfg.weight_decay,
+                                fused=self.device.type=='cuda', capturable=self.runner.capturable)
+        for g in opt.param_groups: g['base_lr'] = g['lr']
+        return opt
+
+    # -- randomness: a subclass may draw otherwise; `Draws` says what the draws are --
+    def rng(self, stream, device=None): return self.draws.rng(self, stream, device)
+    def randn(self, stream, n): return self.runner.draw(self, 'randn', stream, n)
+    def uniform(self, stream, n, *size): return self.runner.draw(self, 'uniform', stream, n, size)
+    def sigma(self, stream, n, bins): return self.runner.draw(self, 'sigma', stream, n, tuple(bins))
+    def pair_rows(self, stream, n): return self.runner.draw(self, 'pair_rows', stream, n)
+    def pair_batch(self, stream, n):
+        "Teacher pairs `(z, x, cond)`"
+        i,p = self.pair_rows(stream, n),self.pairs
+        return p.z[i], p.x[i], cond_index(p.conds, i)
+    @property
+    def batch(self):
+        "Rows of this process, and of the present piece"
+        return self.world.batch(self)
+    def cast(self):
+        "The precision inside networks"
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+    @contextmanager
+    def at(self, step):
+        "A context in which draws and decisions are those of another iteration"
+        now,self.step = self.step,step
+        try: yield self
+        finally: self.step = now
+
+    # -- hooks: tensors in, tensors out, no decision by their values, so that a graph can hold them --
+    def view(self, x, n, stream):
+        "What the discriminator sees of samples, before noise: augmentation goes here. Draw with `uniform(stream+i, n, ...)`, i below 10"
+        return x
+    def guide(self, noisy, sigma, cond):
+        "What the matching loss leads to: the teacher's answer"
+        return self.teacher(noisy, sigma, cond)
 
     # -- whose turn, which input --
     @property
@@ -180,7 +230,8 @@ class DMD2:
         return int(torch.randint(len(self.sigmas), (), generator=self.rng(0, 'cpu')))
     def from_real(self):
         "Whether this iteration's input is a noised real batch"
-        return self.k>0 and (self.cfg.rollout=='real' or (self.cfg.rollout=='mix' and bool(torch.rand((), generator=self.rng(1, 'cpu'))<0.5)))
+        if self.cfg.rollout=='sim' or self.k==0: return False
+        return self.cfg.rollout=='real' or bool(torch.rand((), generator=self.rng(1, 'cpu'))<0.5)
 
     def inputs(self, cond=None, real=None):
         "The generator's input `(x, sigma)`, from backward simulation or from real data"
@@ -190,14 +241,24 @@ class DMD2:
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
             return add_noise(x, sigma, self.randn(2, len(x))), sigma
-        with self.cast(): return simulate(self.G, self.randn(2, n), self.sigmas, k, cond, noises=(self.randn(20+i, n) for i in range(k)))
+        noises = (self.randn(20+i, n) for i in range(k))
+        with self.cast(): return simulate(self.G, self.randn(2, n), self.sigmas, k, cond, noises=noises)
 
-    @torch.no_grad()
     def generate(self, cond=None, real=None):
         "Samples for an iteration that is the critic's alone"
-        x,sigma = self.inputs(cond, real)
-        with self.cast(): return self.G(x, sigma, cond)
+        self.world.check(self, cond, real)
+        key = 'generate', self.k, self.from_real()
+        return self.runner(self, key, self._generate, cond, real if self.from_real() else None)
 
+    @torch.no_grad()
+    def _generate(self, cond, real):
+        xs = []
+        for c,r in self.world.pieces(cond, real):
+            x,sigma = self.inputs(c, r)
+            with self.cast(): xs.append(self.G(x, sigma, c))
+        return torch.cat(xs)
+
+    # -- the generator's turn --
     def image_grads(self,
         x:Tensor,  # Generated samples, (b, *dims)
         cond=None, # Their condition
@@ -208,13 +269,14 @@ class DMD2:
             sigma = self.sigma(4, len(x), self.cfg.dm_bins)
             with torch.no_grad(), self.cast():
                 noisy = add_noise(x, sigma, self.randn(5, len(x)))
-                real_x0,fake_x0 = self.teacher(noisy, sigma, cond),self.fake(noisy, sigma, cond)
+                real_x0,fake_x0 = self.guide(noisy, sigma, cond),self.fake(noisy, sigma, cond)
             log['dmd_loss'] = dmd_loss(x, real_x0, fake_x0)
             grads['dm'], = torch.autograd.grad(log['dmd_loss'], x)
         if self.gan_on and self.cfg.gan_g:
             sigma = self.sigma(6, len(x), self.cfg.gan_bins)
             with frozen(self.fake, self.head):
-                with self.cast(): logits = self.head(self.fake.encode(add_noise(x, sigma, self.randn(7, len(x))), sigma, cond))
+                noisy = add_noise(self.view(x, len(x), 100), sigma, self.randn(7, len(x)))
+                with self.cast(): logits = self.head(self.fake.encode(noisy, sigma, cond))
                 log['gan_g_loss'] = gan_g_loss(logits)
                 scale = self.scaler_fake.get_scale() if self.scaler_fake.is_enabled() else 1.
                 grads['gan'] = torch.autograd.grad(log['gan_g_loss']*scale, x)[0]/scale
@@ -223,49 +285,60 @@ class DMD2:
     def generator_step(self, cond=None, real=None): # `(x, log)`
         "The generator's turn: gradients at the image, then one product through the generator"
         self._ramp(self.opt_g)
+        self.world.check(self, cond, real)
+        key = 'generator', self.k, self.from_real(), self.gan_on
         scale = self.scaler_g.get_scale()
-        x,log = self._generator(cond, real)
+        x,log = self.runner(self, key, self._generator, cond, real if self.from_real() else None)
         if self.scaler_g.get_scale()<scale: return x, log  # float16 overflowed: nothing was learnt, nothing is counted
         self.g_updates += 1
-        if self.cfg.gan and self.g_updates==self.cfg.gan_start: self.warm_until = self.step+1+self.cfg.warmup_fake  # a new head warms up first
+        if self.cfg.gan and self.g_updates==self.cfg.gan_start:
+            self.warm_until = self.step+1+self.cfg.warmup_fake  # a new head warms up first
         return x, log
 
     def _generator(self, cond, real):
         self.opt_g.zero_grad(set_to_none=True)
-        x,log = self._generator_grads(cond, real)
+        xs,logs = zip(*[self._generator_grads(*o) for o in self.world.pieces(cond, real)])
+        log = self.world.join(logs, xs[0].numel())
         scale = self.scaler_g.get_scale()
         log['norm_g'] = self._update(self.opt_g, self.scaler_g)
         if self.scaler_g.get_scale()>=scale: self.ema.update(self.G)  # a step that was skipped moves no average
-        return x, {k: v.detach() for k,v in log.items()}
+        return torch.cat(xs), {k: v.detach() for k,v in log.items()}
 
     def _generator_grads(self, cond, real):
-        c = self.cfg
+        c,weight = self.cfg,dict(dm=self.cfg.w_dm, gan=self.cfg.gan_g)
         x_in,sigma = self.inputs(cond, real)
-        with self.syncs(self.G, last=not c.w_reg):
+        with self.world.syncs(self.G, last=not c.w_reg):
             with self.cast(): x = self.G(x_in, sigma, cond)
             grads,log = self.image_grads(x, cond)
-            grads = {k: g*dict(dm=c.w_dm, gan=c.gan_g)[k] for k,g in grads.items()}
+            grads = {k: g*weight[k] for k,g in grads.items()}
             if grads: x.backward(self.scaler_g.scale(sum(grads.values()).to(x.dtype)))
         if c.w_reg:
-            z,target,pc = self.pair_batch(8, len(x))
-            with self.syncs(self.G):
-                with self.cast(): log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0], pc, self.pairs.distance)
+            z,target,pair_cond = self.pair_batch(8, len(x))
+            with self.world.syncs(self.G):
+                with self.cast():
+                    log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0],
+                                                      pair_cond, self.pairs.distance)
                 self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
         log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
-        if len(grads)==2: log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
+        if len(grads)==2:
+            log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
         return x.detach(), log
 
+    # -- the critic's turn --
     def fake_step(self, x:Tensor, cond=None, real=None): # log
         "The critic's turn: denoise the samples, and tell them from a real batch `(x, cond)`"
-        if self.gan_on and self.cfg.gan_d and real is None: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+        if self.gan_on and self.cfg.gan_d and real is None:
+            raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
         self._ramp(self.opt_fake)
-        log = self._critic(x, cond, real)
+        key = 'critic', self.gan_on
+        log = self.runner(self, key, self._critic, x.detach(), cond, real if self.gan_on else None)
         self.step += 1
         return log
 
     def _critic(self, x, cond, real):
         self.opt_fake.zero_grad(set_to_none=True)
-        log = self._critic_grads(x.detach(), cond, real)
+        pieces = self.world.pieces(x, cond, real)
+        log = self.world.join([self._critic_grads(*o) for o in pieces], x.numel()//self.world.accum)
         log['norm_fake'] = self._update(self.opt_fake, self.scaler_fake)
         return {k: v.detach() for k,v in log.items()}
 
@@ -273,38 +346,42 @@ class DMD2:
         c,log = self.cfg,dict(x_mean=x.mean(), x_std=x.std())
         gan = self.gan_on and c.gan_d
         if c.w_fake:
-            with self.syncs(self.fake, last=not gan):
-                with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, self.sigma(9, len(x), c.fake_bins), cond, self.randn(10, len(x)))
+            sigma,noise = self.sigma(9, len(x), c.fake_bins),self.randn(10, len(x))
+            with self.world.syncs(self.fake, last=not gan):
+                with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, sigma, cond, noise)
                 self.scaler_fake.scale(c.w_fake*log['fake_loss']).backward()
-        if gan:
+        if gan:  # one pass, each sample with its own level and noise
             both,conds,parts = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond),(len(real[0]), len(x))
-            sigma = self.sigma(11, parts, c.gan_bins)  # one pass, each sample with its own level and noise
-            with self.syncs(self.fake, self.head):
-                with self.cast(): logits = self.head(self.fake.encode(add_noise(both, sigma, self.randn(12, parts)), sigma, conds))
+            sigma = self.sigma(11, parts, c.gan_bins)
+            noisy = add_noise(self.view(both, parts, 110), sigma, self.randn(12, parts))
+            with self.world.syncs(self.fake, self.head):
+                with self.cast(): logits = self.head(self.fake.encode(noisy, sigma, conds))
                 d_real,d_fake = logits.split(parts)
                 log |= dict(gan_d_loss=gan_d_loss(d_real, d_fake), d_real=d_real.mean(), d_fake=d_fake.mean())
                 self.scaler_fake.scale(c.gan_d*log['gan_d_loss']).backward()
         return log
 
+    # -- the optimisers --
     def _ramp(self, opt):
         "Learning rates of this iteration"
-        ramp = (min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.)*self.rate(self.step)
+        warm = min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.
+        ramp = warm*(self.rate(self.step) if self.rate else 1.)
         for g in opt.param_groups:
             if isinstance(g['lr'], Tensor): g['lr'].fill_(g['base_lr']*ramp)
             else: g['lr'] = g['base_lr']*ramp
 
     def _update(self, opt, scaler):
-        "Unscale, clip, step; the gradient norm before clipping, 0 where no term gave a gradient"
+        "Average over all pieces and processes, unscale, clip, step; the gradient norm before clipping, 0 where no term gave a gradient"
         learning = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
         if not learning: return torch.zeros((), device=self.device)
+        self.world.meet(learning)
         scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(learning, self.cfg.clip or inf)
-        scaler.step(opt); scaler.update()
-        return norm
+        scaler.step(opt)
+        scaler.update()
+        return self.world.norm(norm)
 
 # %% ../nbs/14_distill.ipynb #f4b83f58
-def _rows(n): return sum(n) if isinstance(n, tuple) else n
-
 def trainable(m:nn.Module)->list: # Network
     "Parameters that learn"
     return [p for p in m.parameters() if p.requires_grad]
@@ -322,9 +399,8 @@ def calibrate_gan_weight(
     batches = check_number('batches', batches, 1, whole=True)
     check_number('ratio', ratio, above=0)
     step,dm,gan = dmd.step,0.,0.
-    try:
-        for i,cond in zip(range(batches), batch_stream('conds', conds, batches)):
-            dmd.step = step+i  # other draws; put back below
+    for i,cond in zip(range(batches), batch_stream('conds', conds, batches)):
+        with dmd.at(step+i):  # other draws
             if dmd.from_real():
                 z = dmd.randn(2, cond_len(cond) or dmd.batch)
                 x = dmd.G(*simulate(dmd.G, z, dmd.sigmas, 0, cond), cond)
@@ -332,5 +408,4 @@ def calibrate_gan_weight(
             grads,_ = dmd.image_grads(x, cond)
             dm += grads['dm'].norm().item()*dmd.cfg.w_dm
             gan += grads['gan'].norm().item()
-    finally: dmd.step = step
     return ratio*dm/max(gan, 1e-12)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .system.atomic import one_move
-from .features import Features, batches_of, extract, fetched, read_weights
+from .features import Features, batches_of, extract, fetched
+from .system.tensors import check_finite, read_state_dict
 from .system.image_files import center_patch, folder_images
 from .images import to_float, to_uint8
 from .metrics import feature_stats, frechet_distance, kid as kid_features, knn_precision_recall
@@ -44,13 +45,16 @@ class Stats:
             c = f-first  # sums about a point within the data lose no digits
             n,s,ss = n+len(f),s+c.sum(0),ss.addmm_(c.T, c)
         if n<2: raise ValueError(f'{n} images have no covariance')
-        return cls(features.name, n, first+s/n, (ss-torch.outer(s, s)/n)/(n-1))
+        mu,cov = first+s/n,(ss-torch.outer(s, s)/n)/(n-1)
+        check_finite(dict(mean=mu, covariance=cov), f'statistics of {n} images', 'an image is not finite, or the network overflows')
+        return cls(features.name, n, mu, cov)
 
     @classmethod
     def of_features(cls, f, name=''): return cls(name, len(f), *feature_stats(f))
 
     def save(self, path):
         "As npz with EDM's names `mu` and `sigma`, in one move"
+        check_finite(dict(mu=self.mu, sigma=self.cov), path)
         path = Path(path)
         facts = dict(n=np.array(self.n), features=np.array(self.name))
         with one_move(path) as tmp, open(tmp, 'wb') as f:
@@ -250,7 +254,7 @@ def lpips(
     try: from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError: raise ImportError("lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'") from None
     path = fetched(VGG_URL, 'lpips', '553 MB', path, download, '397923af')
-    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_weights(path)
+    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_state_dict(path)
     for name,p in net.net.named_parameters():  # sliceK.LAYER.weight is features.LAYER.weight
         key = 'features.'+name.split('.', 1)[1]
         if key not in sd or sd[key].shape!=p.shape: raise ValueError(f'{path}: {key} is missing or misshapen, not the weights of VGG-16')

@@ -18,7 +18,7 @@ from .assets import data_path
 from .core import to_device
 from .evaluate import Judge, extractor
 from .follow import Progress
-from .images import ImageData, in_memory, match_classes, open_images
+from .images import CLASS_NAMES, ImageData, in_memory, match_classes, open_images
 from .recipes import Recipe
 from .runs import claim_run
 from .system.checkpoint import load_folder, newest
@@ -61,9 +61,7 @@ def open_data(
 
 def _known_classes(r):
     "Names by which the recipe's own network knows its classes"
-    if r.classes or not r.bundled: return r.classes
-    try: return open_images(r.data).class_names
-    except FileNotFoundError: return ()  # a set that has to be built first
+    return r.classes or CLASS_NAMES.get(r.data, ())
 
 def _check_names(data, names, file):
     "The bundled teacher was trained on classes that have names"

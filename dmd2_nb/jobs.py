@@ -17,12 +17,13 @@ from .assets import data_path
 from .system.checkpoint import load_last, read_state, save_step, steps
 from .system.plan import content_hash
 from .system.tensors import load_into
-from .core import cond_index, cond_to, default_device, plain_torch, to_device
+from .core import cond_index, cond_to, default_device, plain_torch, stream_seed, to_device
 from .distill import DMD2
 from .evaluate import (best_row, bundled_samples, draw, eval_conds, sheet_conds, student_sampler, teacher_samples,
                               teacher_sampler)
 from .follow import Progress, batches, cond_batches, follow
 from .generator import FewStepGenerator
+from .graphs import GraphRunner
 from .guards import Guard, check_weights, guarded
 from .images import ImageData, to_float
 from .job import (Job, begun, class_names, draw_picture, first_networks, images_facts, open_data, open_judge,
@@ -112,7 +113,7 @@ def watch_teacher(
     job.greet(run, start, 'update', f'{sum(p.numel() for p in D.parameters()):,} weights on {device}')
     if job.compile: D.model.compile()
     last = dict(back)
-    stream = batches(data, t['batch'], job.seed, start, device, r.flip)
+    stream = batches(data, t['batch'], stream_seed(job.seed, 'reals'), start, device, r.flip)
     rate = falling_rate(t['lr'], t['steps'], t['decay'])
     def logs():
         for o in train_teacher(D, stream, t['steps']-start, lr=rate, halflife=t['halflife'], label_dropout=t['label_dropout'],
@@ -205,9 +206,10 @@ class DistillJob(Job):
         def mine(stream):
             if not world.many: return stream
             return (cond_index(o, world.rows(cfg.batch//world.size)) for o in stream)
-        conds = mine(cond_batches(data, cfg.batch, cfg.seed+2, at, device))
+        conds = mine(cond_batches(data, cfg.batch, stream_seed(cfg.seed, 'conds'), at, device))
         if not cfg.gan and cfg.rollout=='sim': return conds,None
-        return conds, mine(batches(data, cfg.batch, cfg.seed+1, at, device, self.recipe.flip))
+        reals = batches(data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, self.recipe.flip)
+        return conds, mine(reals)
 
     def samples(self, G, conds, seed=0): # Bytes
         return draw(student_sampler(G, self.dmd.cfg.levels), self.data.shape, conds, seed, device=self.device)
@@ -243,15 +245,15 @@ def prepare(
     T,file = open_teacher(r, data, teacher, device)
     judge = open_judge(r, data, held, device)
     iters = r.iters if iters is None else iters
-    whole = not (watched.get('graph') or watched.get('compile'))
-    _check_options(r, cfg, iters, begin, guard, whole or not (world.many or accum>1))
+    _check_options(r, cfg, iters, begin, guard)
     make,shared = DMD2,{}
-    if watched.get('graph'): from dmd2_nb.graphs import GraphedDMD2 as make
     if world.many or accum>1:
         make = ParallelDMD2
         shared = dict(world=world if world.many else World(device=device), accum=accum)
-    dmd = make(T, *first_networks(r, T, begin), cfg, probe=cond_to(data.conds(torch.arange(1)), device), **shared)
-    if r.decay: dmd.rate = falling_rate(1., iters, r.decay, 0.01)
+    rate = falling_rate(1., iters, r.decay, 0.01) if r.decay else None
+    runner = GraphRunner() if watched.get('graph') else None
+    probe = cond_to(data.conds(torch.arange(1)), device)
+    dmd = make(T, *first_networks(r, T, begin), cfg, probe=probe, runner=runner, rate=rate, **shared)
     if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
     config = dict(job='distill', data=r.data, images=images_facts(data, held, source), teacher=content_hash(file),
                   holdout=r.holdout, flip=r.flip, config=asdict(cfg))
@@ -265,7 +267,7 @@ def prepare(
                       world=world, accum=accum, guard=guard, **watched)
 
 # %% ../nbs/26a_jobs.ipynb #4583ce8e
-def _check_options(r, cfg, iters, begin, guard, fits):
+def _check_options(r, cfg, iters, begin, guard):
     "What cannot go together"
     if r.continues and begin is None:
         raise ValueError(f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)")
@@ -273,7 +275,6 @@ def _check_options(r, cfg, iters, begin, guard, fits):
         raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
     if guard not in ('stop', 'rollback', 'off'):
         raise ValueError(f"guard must be stop, rollback or off, got '{guard}'")
-    if not fits: raise ValueError('--graph and --compile are for one process and whole batches')
 
 # %% ../nbs/26a_jobs.ipynb #db52a5cb
 def watch(
@@ -288,7 +289,7 @@ def watch(
     n,steps_ = sum(p.numel() for p in job.teacher.parameters()),len(dmd.cfg.levels)
     job.greet(run, dmd.step, 'iteration', f"{n:,} weights, {steps_} step{'s'*(steps_>1)}, on {job.device}")
     if r.note and job.say: job.say(r.note)
-    if job.compile: _compile(dmd, job.graph)
+    if job.compile: dmd.compile()
     watcher = _guard(job)
     watcher.load(kept.get('guard'))
     def write(step, **more):
@@ -316,10 +317,6 @@ def _agree(name):
     return next(filter(None, each_rank(name)), None)
 
 # %% ../nbs/26a_jobs.ipynb #bef2265e
-def _compile(dmd, graph):
-    if graph: return dmd.compile()
-    for m in (dmd.teacher, dmd.G, dmd.fake): m.compile()
-
 def _guard(job):
     "What looks at the run: it knows how bright the data are"
     x,batch = to_float(job.data.images[:2000]),job.dmd.cfg.batch

@@ -18,6 +18,7 @@ from torch import nn, Tensor
 from . import __version__
 from .assets import sha256
 from .system.atomic import write_text
+from .system.tensors import read_metadata
 from .core import rng
 from .evaluate import draw, eval_conds, plus_minus, table
 from .features import Features, extract, feature_extractor
@@ -180,11 +181,7 @@ def measure(
 # %% ../nbs/26b_measure.ipynb #356b3625
 def _header(path):
     "Refuse a file that is cut short or was not written by `save_denoiser`, without reading its weights"
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(str(path), 'pt') as f: known = 'denoiser' in (f.metadata() or {})
-    except SafetensorError as e: raise ValueError(f'{path} is damaged or not a safetensors file ({e})') from None
-    if not known: raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
+    if 'denoiser' not in read_metadata(path): raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
 
 def _model_row(ref, source, n, seed, steps, device, old):
     file = Path(source)

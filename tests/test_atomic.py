@@ -152,7 +152,7 @@ def test_a_writer_that_writes_nothing(tmp_path):
 
 def test_one_place_that_moves_files():
     "Temporary names and moves are made in system/atomic alone; what else renames a folder makes it vanish"
-    allowed = {'system/atomic.py', 'system/checkpoint.py', 'runs.py', 'image_files.py'}
+    allowed = {'system/atomic.py', 'system/checkpoint.py', 'runs.py'}
     for p in (root/'dmd2_nb').rglob('*.py'):
         text = p.read_text(encoding='utf-8')
         if p.relative_to(root/'dmd2_nb').as_posix() in allowed: continue

@@ -11,7 +11,7 @@ from dmd2_nb.assets import data_path
 from dmd2_nb.features import check_images
 from dmd2_nb.fid import clip_score
 from dmd2_nb.image_files import ImageLMDB, ImageZip, folder_images, open_image, prepare
-from dmd2_nb.images import Drawn, drawn_rows, fashion16, in_memory, npz_images, open_images, to_uint8
+from dmd2_nb.images import CLASS_NAMES, Drawn, drawn_rows, fashion16, in_memory, npz_images, open_images, to_uint8
 from dmd2_nb.jobs import open_data, open_teacher
 from dmd2_nb.recipes import recipe
 from dmd2_nb.system.image_labels import array_labels
@@ -361,6 +361,7 @@ def test_numbered_classes_of_imagenet(tmp_path):
 def test_garments_by_name(tmp_path):
     "Folders named as the bundled set names its classes get its numbers, though another order is natural"
     names = fashion16().class_names
+    assert CLASS_NAMES['fashion16'] == names
     def folders(root, kinds):
         for i, n in enumerate(kinds):
             (root/n).mkdir(parents=True)
@@ -377,7 +378,7 @@ def test_garments_by_name(tmp_path):
         with pytest.raises(ValueError, match=f'{k}: has .* classes .*fashion16'): open_data(recipe('fashion16'), folders(tmp_path/k, kinds))
     own, _ = open_data(recipe('fashion16'), folders(tmp_path/'own', 'abcdefghij'))
     assert own.class_names == tuple('abcdefghij')
-    with pytest.raises(ValueError, match=r'own: has classes of its own \(a, b, c ...\), fashion16_teacher.safetensors knows'): open_teacher(recipe('fashion16'), own)
+    with pytest.raises(ValueError, match=r'own: has classes of its own \(a, b, c and 7 more\), fashion16_teacher.safetensors knows'): open_teacher(recipe('fashion16'), own)
 
 
 def test_the_layout_demo_keeps_its_numbers():
@@ -442,6 +443,14 @@ def test_no_picture_of_what_is_not_finite(bad, tmp_path):
     assert to_uint8(torch.tensor([[[[-9., 1.]]]])).tolist() == [[[[0, 255]]]]
 
 
+def test_no_drawing_of_what_is_not_finite():
+    from dmd2_nb.plot import tile
+    x = torch.zeros(3, 1, 4, 4)
+    assert tile(x, pad=0)[0, 0].tolist() == [128]*3
+    x[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r'images: has 1 NaN .*first at \(1, 0, 0, 0\)'): tile(x)
+
+
 # -- LMDB --
 
 def test_lmdb_twice(tmp_path):
@@ -456,3 +465,14 @@ def test_lmdb_twice(tmp_path):
     assert len(in_memory(b)) == 2
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='empty: not a readable LMDB .no data.mdb'): ImageLMDB(tmp_path/'empty')
+
+
+def test_lmdb_latents_twice(tmp_path):
+    lmdb = pytest.importorskip('lmdb')
+    from dmd2_nb.sdxl.data import LMDBLatents
+    env = lmdb.open(str(tmp_path/'x'), map_size=2**20)
+    with env.begin(write=True) as t:
+        for k, v in dict(latents_shape=b'1 4 2 2', latents_0_data=bytes(32), prompts_0_data=b'a cat').items(): t.put(k.encode(), v)
+    env.close()
+    both = LMDBLatents(tmp_path/'x'), LMDBLatents(str(tmp_path/'x'/'data.mdb'))
+    for o in both: assert o[0][1] == 'a cat' and o[0][0].shape == (4, 2, 2)

@@ -56,6 +56,9 @@ def test_accumulation_equals_the_big_batch(two):
     for name, (logs, weights) in two[0]['accum'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
+def test_channels_last_is_saved(two): assert two[0]['last'] == 0
+
+
 def test_networks_born_on_meta(two): assert max(two[0]['empty']) < tol
 
 

@@ -438,3 +438,76 @@ def test_an_lmdb_is_known_by_its_bytes(tmp_path, enc):
     with pytest.raises(ValueError, match=r'other settings \(lmdb was'): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
     write(float('inf'))
     with pytest.raises(ValueError, match=r"item 0 \('a cat'\): latents has 64 infinite"): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'t', enc, size=64)
+
+
+# Numbers that become files
+
+def toy(dtype=None, scale=1., value=None):
+    from dmd2_nb.denoiser import EDMPrecond
+    from dmd2_nb.nets import ToyNet
+    torch.manual_seed(0)
+    D = EDMPrecond(ToyNet())
+    with torch.no_grad():
+        w = list(D.parameters())[-1]
+        if value is not None: w.view(-1)[0] = value
+    return D
+
+
+@pytest.mark.parametrize('value, dtype, says', [(float('nan'), None, '1 NaN'), (float('inf'), torch.float16, '1 infinite'), (1e6, torch.float16, '1 infinite .* too large for torch.float16')])
+def test_a_generator_that_is_not_finite_is_not_written(tmp_path, value, dtype, says):
+    from dmd2_nb.weights import load_denoiser, save_denoiser
+    save_denoiser(toy(), tmp_path/'g.safetensors', dtype)
+    before = (tmp_path/'g.safetensors').read_bytes()
+    with pytest.raises(ValueError, match=f'g.safetensors: .* has {says}') as e: save_denoiser(toy(value=value), tmp_path/'g.safetensors', dtype)
+    assert one_line(e) and (tmp_path/'g.safetensors').read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    if value == 1e6: load_denoiser(save_denoiser(toy(value=value), tmp_path/'g.safetensors'))
+
+
+def test_features_and_statistics_are_finite(tmp_path):
+    from dmd2_nb.features import Features, extract
+    from dmd2_nb.fid import Stats
+    class Eye(nn.Module):
+        def forward(self, x): return x.flatten(1).float()/x.flatten(1).float().sum(1, keepdim=True)
+    x = torch.randint(1, 256, (8, 1, 2, 2), dtype=torch.uint8)
+    x[5] = 0  # 0/0
+    see = Features(Eye(), 'eye', 1)
+    with pytest.raises(ValueError, match=r'eye features .*4 NaN of 32 numbers, the first at \(5, 0\)'): extract(x, see)
+    with pytest.raises(ValueError, match='statistics of 8 images: mean has 4 NaN'): Stats.of(x, see)
+    with pytest.raises(ValueError, match='s.npz: sigma has'): Stats('eye', 8, torch.zeros(2), torch.full((2, 2), float('inf'))).save(tmp_path/'s.npz')
+    assert not list(tmp_path.iterdir())
+    Stats.of(x[:5], see).save(tmp_path/'s.npz')
+
+
+@pytest.mark.parametrize('tensor, says', [(torch.tensor([[1., float('inf')]]).to(torch.float8_e5m2), '1 infinite of 2 numbers, the first at (0, 1)'), (torch.tensor(float('nan')), '1 NaN of 1 numbers'),
+                                          (torch.tensor([1., -float('inf'), float('nan')]).bfloat16(), '1 NaN and 1 infinite of 3 numbers, the first at (1,)')])
+def test_what_is_not_finite_is_counted_and_placed(tensor, says):
+    from dmd2_nb.system.tensors import check_finite
+    with pytest.raises(ValueError) as e: check_finite(dict(a=torch.ones(2), w=tensor), 'file', 'mend it')
+    assert f'file: w has {says}' in str(e.value) and str(e.value).endswith(': mend it')
+    good = dict(a=torch.ones(2), b=torch.arange(3), c=torch.zeros(0), d='text')
+    assert check_finite(good, 'file') is good
+
+
+def test_pictures_that_are_none_are_not_written(tmp_path):
+    from dmd2_nb.coco_eval import generate
+    ask = lambda draw: generate(draw, ['a cat', 'a dog'], tmp_path/'o')
+    with pytest.raises(ValueError, match=r"picture 1 \('a dog'\): has 12 NaN"): ask(lambda p, s: torch.stack([torch.zeros(3, 2, 2), torch.full((3, 2, 2), float('nan'))]))
+    with pytest.raises(ValueError, match='draw must give bytes'): ask(lambda p, s: torch.zeros(2, 3, 2, 2))
+    with pytest.raises(ValueError, match='draw gave 1 pictures for 2 prompts'): ask(lambda p, s: torch.zeros(1, 3, 2, 2).byte())
+    assert not list((tmp_path/'o').glob('*.png'))
+
+
+def test_pictures_of_another_network_under_the_same_name(tmp_path):
+    from dmd2_nb.coco_eval import generate
+    def artist(seed):
+        torch.manual_seed(seed)
+        net = nn.Linear(1, 12)
+        return lambda prompts, seeds: (net(torch.ones(len(prompts), 1)).detach().abs()*100).byte().view(-1, 3, 2, 2)
+    generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
+    generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='made with another networks'): generate(artist(1), ['a cat'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='made with another networks'): generate(partial(lambda net, p, s: None, nn.Linear(1, 1)), ['a cat'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='made with another prompts'): generate(artist(0), ['a dog'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='a list of texts'): generate(artist(0), 'a cat', tmp_path/'o')
+    (tmp_path/'o'/'run.json').write_text('{"seed"')
+    with pytest.raises(ValueError, match='run.json is damaged'): generate(artist(0), ['a cat'], tmp_path/'o', model='mine')

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..system.atomic import one_move, write_text
+from ..system.image_files import open_lmdb
 from ..system.tensors import check_finite, read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
 from ..system.plan import content_hash, fingerprint, identity, keep_plan, read_plan
@@ -332,12 +333,7 @@ class LMDBLatents:
     def __init__(self,
         path, # Folder with data.mdb, or the file itself
     ):
-        try: import lmdb
-        except ImportError: raise ImportError('reading an LMDB needs the package lmdb: pip install lmdb') from None
-        self.path = Path(path)
-        if not self.path.exists(): raise FileNotFoundError(f'{self.path}: no such file or folder')
-        try: self.txn = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=self.path.is_dir()).begin(buffers=True)
-        except lmdb.Error as e: raise ValueError(f'{self.path}: not a readable LMDB ({e})') from None
+        self.path,self.txn = Path(path),open_lmdb(path)
         try: self.n,*self.shape = (int(o) for o in bytes(self.get('latents_shape')).decode().split())
         except ValueError: raise ValueError(f'{self.path}: latents_shape holds no numbers') from None
         if len(self.shape)!=3 or min(self.n, *self.shape)<1: raise ValueError(f'{self.path}: latents_shape must be (n, 4, h, w), got {(self.n, *self.shape)}')

@@ -13,6 +13,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.lora import adapter_facts
 from .adapter import CondUNet
 
 # %% ../../nbs/32a_sdxl.lora.ipynb #4aaecda1
@@ -154,6 +155,10 @@ class AdapterNet(CondUNet):
         was,self.base.active = self.base.active,((flats or list(self.flats), self.rank, self.scale) if self.rank else (None, 0, 0.))
         try: return getattr(CondUNet, kind)(self, x, t, cond)
         finally: self.base.active = was
+
+    def facts(self)->dict: # JSON-able
+        "What a checkpoint has to know besides the matrices: rank, alpha, targets, a hash of the base"
+        return adapter_facts(self.rank, self.alpha, self.base.targets, self.unet)
 
     @torch.no_grad()
     def tensors(self)->dict: # Layer name -> `(A, B)`, views of the parameters

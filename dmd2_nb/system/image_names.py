@@ -13,6 +13,7 @@ from pathlib import Path
 import os, re
 
 import torch
+from .tensors import few
 
 # %% ../../nbs/53a_system.image_names.ipynb #7a7bff84
 EXTENSIONS = ('.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff')
@@ -56,8 +57,7 @@ def some(
     names, # Texts
 )->str:
     "The first three names, for a message"
-    names = list(names)
-    return ', '.join(one_line(n) for n in names[:3])+(' ...' if len(names)>3 else '')
+    return few([one_line(n) for n in names])
 
 def counted(
     counts:dict, # Name -> how many

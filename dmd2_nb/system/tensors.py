@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
+from .safe_pickle import RefusedPickle
 from .torch_files import read_torch_file
 
 # %% ../../nbs/51_system.tensors.ipynb #a28ad415
@@ -163,8 +164,8 @@ def _file_tensors(path, part, say):
         if head.startswith(mark): raise ValueError(f'{path} {what}')
     if path.suffix=='.safetensors' or head[8:9]==b'{': return read_tensors(path)[0]
     try: data = read_torch_file(path)
+    except RefusedPickle: raise
     except ValueError as e:
-        if 'refused' in str(e): raise
         raise Damaged(f'{path}: not a readable state dict ({str(e).removeprefix(str(path)).strip()})') from None
     return _unwrap(data, part, path, say)
 
@@ -367,18 +368,22 @@ def misfit(
     wrong = [f'{k} {theirs[k]} instead of {mine[k]}' for k in mine if k in theirs and mine[k]!=theirs[k]]
     if not missing and not unexpected and not wrong: return ''
     parts = dict(missing=missing, unexpected=unexpected, misshapen=wrong)
-    said = [f'{name}: {few(items)}' for name,items in parts.items() if items]
     cause = likely_cause(mine, theirs)
-    return '; '.join(([cause] if cause else []) + said)[:480]
+    for n in (10, 3, 1):
+        said = [f'{name}: {few(items, n)}' for name,items in parts.items() if items]
+        text = '; '.join(([cause] if cause else []) + said)
+        if len(text)<=480: break
+    return text[:480]
 
 def check_fit(
     mine:dict,    # What is wanted: name -> tensor or shape; a network's state dict, on the meta device for all it matters
     tensors:dict, # What is given
     source,       # What to call it in an error
     what='',      # What it should fit, such as ' this U-Net'
-):
+)->dict: # `mine`
     "Names and shapes must agree, or one clear error"
     if text := misfit(mine, tensors): raise ValueError(f'{source} does not fit{what}: {text}')
+    return mine
 
 def load_into(
     net:nn.Module, # Network to fill
