@@ -309,7 +309,9 @@ def check_torch(
 
 # %% ../nbs/00_core.ipynb #c07e5a1a
 @contextmanager
-def plain_torch():
+def plain_torch(
+    exact=False, # Leave deterministic algorithms on where the program has asked for them
+):
     "Inside, PyTorch's global settings are those of its start; after, they are what they were"
     was,device = torch_settings(),torch.get_default_device()
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -319,7 +321,8 @@ def plain_torch():
         torch.use_deterministic_algorithms(deterministic, warn_only=warn)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
-    put(torch.float32, None, False, False, 'highest', (False, False))
+    flags = (exact and was['cudnn_deterministic'], False)
+    put(torch.float32, None, exact and was['deterministic'], exact and only_warn, 'highest', flags)
     try:
         with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False), torch.inference_mode(False), torch.enable_grad(): yield
     finally:

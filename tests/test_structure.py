@@ -10,13 +10,14 @@ package = root/'dmd2_nb'
 
 # A module imports from lower floors only. A new module is entered here.
 floors = {
-    10: 'cli',
-    9: 'imagenet64 measure',
-    8: 'jobs coco_eval sdxl.mini sdxl.adapt',
+    11: 'cli',
+    10: 'imagenet64 measure',
+    9: 'jobs',
+    8: 'job coco_eval sdxl.mini sdxl.adapt',
     7: 'dashboard evaluate sdxl.recipe sdxl.judge',
     6.5: 'sdxl.pretrain',
     6: 'teacher generator runs parallel_run sdxl.roles sdxl.data sdxl.checkpoints',
-    5: 'train recipes graphs sdxl.graphs',
+    5: 'train recipes graphs follow sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression parts fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'layers.lora panels preference denoiser sampling dmd gan unet features',
