@@ -28,6 +28,7 @@ from .jobs import open_data, open_model
 from .metrics import kid
 from .recipes import MORE, RECIPES, recipe
 from .system.image_names import tell
+from .system.plan import content_hash, fingerprint, identity
 from .system.zips import npz_names
 
 # %% ../nbs/26b_measure.ipynb #b8dd2f83
@@ -71,6 +72,7 @@ class Real:
     sets:dict     # Name -> features (n, d); the first is the main one, or its `Stats`
     data:object   # Images whose conditions samples get; None where there are none
     source:str    # Where they come from
+    made:str      # Hash of the images and of the network that sees
 
     @classmethod
     def of(cls,
@@ -93,7 +95,8 @@ class Real:
         name = features or (r.features if r else 'pixels' if sets else 'inception')
         more = dict(download=True) if download and name in ('inception', 'clip', 'dinov2') else {}
         see = Features(Pixels().to(device), 'pixels', next(iter(sets.values())).shape[0] if sets else 3) if name=='pixels' else feature_extractor(name, device, weights, **more)
-        with _named(source): return cls(see, {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see)), data, str(source))
+        with _named(source): seen = {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see))
+        return cls(see, seen, data, str(source), fingerprint(_made(source, r, sets), identity(see)))
 
     def row(self, images)->dict: # Numbers and their errors
         "How far images are from the real ones"
@@ -114,6 +117,13 @@ class Real:
         perm,n = torch.randperm(len(f), generator=rng(0, 79)).to(f.device),min(n, len(f)//2)
         row = compare_features(f[perm[:n]], f[perm[n:]], self.see.name)
         return {k: v for k,v in row.items() if k not in ('n_real', 'features')}
+
+# %% ../nbs/26b_measure.ipynb #c1f7a501
+def _made(source, recipe, sets):
+    "What the reference is made of: the bytes of its files, or those of a recipe's own images with their labels"
+    if not recipe: return content_hash(source)
+    held = lambda o: [getattr(o, k, None) for k in ('images', 'labels', 'cond')]
+    return {k: held(getattr(x, 'data', x)) for k,x in sets.items()}
 
 # %% ../nbs/26b_measure.ipynb #c4d40059
 def checkpoints(
@@ -163,7 +173,7 @@ def measure(
         if isinstance(o, Drawn) and len(o)<4: raise ValueError(f'{name}: {len(o)} images have no third neighbour, at least 4 are needed')
         if not isinstance(o, Drawn) and not (sweep and i): open_model(o, 'cpu', steps)
     ref = Real.of(against, device=device, **real)
-    settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)
+    settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps, made=ref.made)
     rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, settings) if out else {}
     def write(rows):
         if out: write_text(out, json.dumps(dict(settings=settings, rows=rows), indent=1))
