@@ -86,7 +86,11 @@ def teacher_sampler(
 
 class FewSteps:
     "A generator with its levels; `draw` gives each of its samples a noise of its own"
-    def __init__(self, G, levels): self.G,self.sigmas = G,torch.tensor(levels, dtype=torch.float32)
+    def __init__(self,
+        G,      # Generator
+        levels, # Its input levels, falling
+    ):
+        self.G,self.sigmas = G,torch.tensor(levels, dtype=torch.float32)
     def __call__(self, z, cond, generator): return few_step_sample(self.G, z, self.sigmas, cond, generator)
 
 def student_sampler(

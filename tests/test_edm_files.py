@@ -212,7 +212,7 @@ def test_truncated(tmp_path):
     (tmp_path/'text.bin').write_text('hello, this is no checkpoint at all')
     one_error('text.bin is neither', load_edm, tmp_path/'text.bin')
     torch.save([1, 2], tmp_path/'list.pt')
-    one_error('list.pt is not a state dict', load_edm, tmp_path/'list.pt')
+    one_error('list.pt: not a state dict, it holds a list', load_edm, tmp_path/'list.pt')
     torch.save(dict(step=3, w=torch.ones(1)), tmp_path/'mixed.pt')
     one_error('mixed.pt.*step', load_edm, tmp_path/'mixed.pt')
 
