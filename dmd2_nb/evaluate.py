@@ -186,21 +186,30 @@ def extractor(
 def save_samples(
     path,          # .npz, compressed
     images:Tensor, # Bytes, (n, c, h, w)
+    conds=None,    # Their conditions, a tensor (n, ...)
     **facts,       # JSON-able: seed, steps, sha256 of the teacher ...
 )->Path:
     "Samples and how they were made"
-    with one_move(path) as tmp: np.savez_compressed(tmp, images=images.numpy(), facts=np.array(json.dumps(facts)))
+    arrays = dict(images=images.numpy(), facts=np.array(json.dumps(facts)))
+    if isinstance(conds, Tensor): arrays['conds'] = conds.cpu().numpy()
+    with one_move(path) as tmp: np.savez_compressed(tmp, **arrays)
     return Path(path)
 
 def load_samples(
-    path,    # From `save_samples`
-    **facts, # What has to agree
+    path,       # From `save_samples`
+    conds=None, # Conditions of the first of them, which have to agree too
+    **facts,    # What has to agree
 ): # Bytes (n, c, h, w), or None where there is nothing that agrees
     "Samples, if they are the wanted ones"
     try:
-        with np.load(path, allow_pickle=False) as z: images,made = torch.from_numpy(z['images']),json.loads(str(z['facts']))
+        with np.load(path, allow_pickle=False) as z:
+            images,made = torch.from_numpy(z['images']),json.loads(str(z['facts']))
+            theirs = torch.from_numpy(z['conds']) if 'conds' in z else None
     except FileNotFoundError: return None
     except Exception as e: raise ValueError(f'{path}: not a readable file of samples ({str(e) or type(e).__name__})') from None
+    if isinstance(conds, Tensor):
+        if theirs is None or theirs.shape[1:]!=conds.shape[1:]: return None
+        if (theirs[:len(conds)]!=conds.cpu()[:len(theirs)]).any(): return None
     return images if all(made.get(k)==v for k,v in facts.items()) else None
 
 # %% ../nbs/25b_evaluate.ipynb #6a8cfa03
@@ -216,7 +225,7 @@ def teacher_samples(
     "The teacher's samples: from the cache where they are there, else drawn"
     n = cond_len(conds)
     facts = dict(teacher=sha256(weights), sampler=sampler, seed=seed)
-    known = load_samples(cache, **facts) if cache else None
+    known = load_samples(cache, conds, **facts) if cache else None
     if known is not None and len(known)>=n: return known[:n]
     return draw(teacher_sampler(D, **sampler), D.shape, conds, seed, **kwargs)
 

@@ -28,6 +28,7 @@ from .jobs import open_data, open_model
 from .metrics import kid
 from .recipes import MORE, RECIPES, recipe
 from .system.image_names import tell
+from .system.plan import content_hash, fingerprint, identity
 from .system.zips import npz_names
 
 # %% ../nbs/26b_measure.ipynb #b8dd2f83
@@ -71,6 +72,7 @@ class Real:
     sets:dict     # Name -> features (n, d); the first is the main one, or its `Stats`
     data:object   # Images whose conditions samples get; None where there are none
     source:str    # Where they come from
+    made:str      # Hash of the images and of the network that sees
 
     @classmethod
     def of(cls,
@@ -93,7 +95,8 @@ class Real:
         name = features or (r.features if r else 'pixels' if sets else 'inception')
         more = dict(download=True) if download and name in ('inception', 'clip', 'dinov2') else {}
         see = Features(Pixels().to(device), 'pixels', next(iter(sets.values())).shape[0] if sets else 3) if name=='pixels' else feature_extractor(name, device, weights, **more)
-        with _named(source): return cls(see, {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see)), data, str(source))
+        with _named(source): seen = {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see))
+        return cls(see, seen, data, str(source), fingerprint(_made(source, r, sets), identity(see)))
 
     def row(self, images)->dict: # Numbers and their errors
         "How far images are from the real ones"
@@ -114,6 +117,13 @@ class Real:
         perm,n = torch.randperm(len(f), generator=rng(0, 79)).to(f.device),min(n, len(f)//2)
         row = compare_features(f[perm[:n]], f[perm[n:]], self.see.name)
         return {k: v for k,v in row.items() if k not in ('n_real', 'features')}
+
+# %% ../nbs/26b_measure.ipynb #c1f7a501
+def _made(source, recipe, sets):
+    "What the reference is made of: the bytes of its files, or those of a recipe's own images with their labels"
+    if not recipe: return content_hash(source)
+    held = lambda o: [getattr(o, k, None) for k in ('images', 'labels', 'cond')]
+    return {k: held(getattr(x, 'data', x)) for k,x in sets.items()}
 
 # %% ../nbs/26b_measure.ipynb #c4d40059
 def checkpoints(
@@ -136,11 +146,12 @@ def metrics_file(
     if p.name=='metrics.json' and (p.parent/'config.json').exists(): raise ValueError(f'{p} belongs to the run: choose another --out')
     return p
 
-def _known(path, settings):
+def _known(path, about):
     "Rows of an earlier call that measured alike"
     try: old = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
-    return old['rows'] if isinstance(old, dict) and old.get('settings')==settings else {}
+    if not isinstance(old, dict) or any(old.get(k)!=v for k,v in about.items()): return {}
+    return old['rows'] if isinstance(old.get('rows'), dict) else {}
 
 # %% ../nbs/26b_measure.ipynb #2540f613
 def measure(
@@ -154,7 +165,7 @@ def measure(
     device='cpu',    # Where it works
     say=print,       # Where messages go
     **real,          # For `Real.of`: features, weights, download
-)->dict: # `rows` by name, and the `settings` they share
+)->dict: # `rows` by name, the `settings` they share, and the hash of what they are measured against (`made`)
     "Everything measured alike; what an interrupted call has measured is not measured again"
     out = metrics_file(out) if out else None
     plan = [(f'{s}: {f.stem}', f) for s in sources for f in checkpoints(s)] if sweep else [(str(s), image_files(s, n, seeds[0], say and tell) or s) for s in sources]
@@ -164,9 +175,10 @@ def measure(
         if not isinstance(o, Drawn) and not (sweep and i): open_model(o, 'cpu', steps)
     ref = Real.of(against, device=device, **real)
     settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)
-    rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, settings) if out else {}
+    about = dict(settings=settings, made=ref.made)
+    rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, about) if out else {}
     def write(rows):
-        if out: write_text(out, json.dumps(dict(settings=settings, rows=rows), indent=1))
+        if out: write_text(out, json.dumps(about | dict(rows=rows), indent=1))
     def add(name, o, seed):
         with _named(name): rows[name] = ref.row(o) if isinstance(o, Drawn) else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
         write(rows | {k: r for k,r in known.items() if k not in rows})
@@ -176,7 +188,7 @@ def measure(
         for s in sources: _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
     write(rows)
     if say: say(f"{table(plus_minus({k: {c: v for c,v in r.items() if c!='sha256'} for k,r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)")
-    return dict(settings=settings, rows=rows)
+    return about | dict(rows=rows)
 
 # %% ../nbs/26b_measure.ipynb #356b3625
 def _header(path):

@@ -511,3 +511,68 @@ def test_pictures_of_another_network_under_the_same_name(tmp_path):
     with pytest.raises(ValueError, match='a list of texts'): generate(artist(0), 'a cat', tmp_path/'o')
     (tmp_path/'o'/'run.json').write_text('{"seed"')
     with pytest.raises(ValueError, match='run.json is damaged'): generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
+
+
+# What evaluations use again
+
+def test_a_teachers_samples_for_other_conditions_are_drawn_again(tmp_path):
+    from dmd2_nb.evaluate import bundled_samples, eval_conds, load_samples, save_samples
+    from dmd2_nb.images import fashion16
+    images, conds = torch.arange(4).byte().view(4, 1, 1, 1), torch.tensor([3, 1, 2, 0])
+    f = save_samples(tmp_path/'s.npz', images, conds.byte(), seed=0)
+    assert torch.equal(load_samples(f, conds[:2], seed=0), images)
+    for wrong in (conds.flip(0), conds[1:], torch.eye(4)): assert load_samples(f, wrong, seed=0) is None
+    assert load_samples(save_samples(tmp_path/'t.npz', images, seed=0), conds, seed=0) is None, 'what they were drawn for is not known'
+    own = bundled_samples('fashion16')
+    assert len(load_samples(own, eval_conds(fashion16(), 300))) == 2000 and load_samples(own, eval_conds(fashion16(), 300, seed=1)) is None
+
+
+@pytest.fixture
+def measured(tmp_path):
+    "`measure` of one set against another, in a file"
+    from dmd2_nb.measure import measure
+    def write(name, seed):
+        g = np.random.default_rng(seed)
+        np.savez(tmp_path/name, images=g.integers(0, 256, (24, 8, 8, 1), 'uint8'))
+        return str(tmp_path/name)
+    def f(seed, **k): return measure([write('a.npz', 0)], write('b.npz', seed), tmp_path/'metrics.json', say=None, **k)
+    return f
+
+
+def test_measurements_against_other_bytes_are_not_used_again(measured):
+    "The reference keeps its name and its number of images; it is known by its bytes, and by the network that sees"
+    assert measured(1) == measured(1)
+    assert measured(1)['made'] != measured(2)['made']
+    assert measured(1)['settings'] == measured(2)['settings']
+
+
+# Model cards
+
+@pytest.mark.parametrize('name', ["bob's model", 'a: b', '"quoted"', 'two\nlines', '# no comment', '{a}', '[b', '- c', '@d', 'back\\slash', 'tab\there', '\x7f\x85\u2028', 'schön 🦊', '%', 'null', '3', '---', ' spaces ', '`'*3, "'", '&x *y !z'])
+def test_a_model_card_is_yaml_and_python_whatever_the_name(name):
+    yaml = pytest.importorskip('yaml')
+    import ast
+    from dmd2_nb.sdxl.checkpoints import model_card
+    for kind in ('lora', 'unet'):
+        card = model_card((999, 749), kind, base=name, name=name, note='one\n---\ntwo: three')
+        head, body = card.split('---\n', 2)[1:]
+        assert yaml.safe_load(head)['base_model'] == name
+        assert yaml.safe_load(head)['tags'][:3] == ['diffusers', 'text-to-image', 'dmd2']
+        fence = '`'*(4 if '```' in name else 3)
+        code = body.split(f'{fence}python\n')[1].split(f'\n{fence}\n')[0]
+        said = [o.value for o in ast.walk(ast.parse(code)) if isinstance(o, ast.Constant)]
+        assert said.count(name) >= 2, 'the base and the name, as Python reads them'
+        assert '- note: one --- two: three\n' in body
+
+
+def test_an_exported_unet_is_finite(tmp_path):
+    from dmd2_nb.sdxl.adapter import make_unet
+    from dmd2_nb.sdxl.checkpoints import export_unet
+    u = make_unet(sample_size=8)
+    with torch.no_grad(): u.conv_in.bias[1] = 1e6
+    with pytest.raises(ValueError, match='conv_in.bias has 1 infinite .*too large for torch.float16'): export_unet(u, tmp_path/'u', (999,))
+    assert not list(tmp_path.iterdir())
+    export_unet(u, tmp_path/'u', (999,), dtype=torch.float32)
+    with torch.no_grad(): u.conv_in.bias[1] = float('nan')
+    with pytest.raises(ValueError, match='conv_in.bias has 1 NaN'): export_unet(u, tmp_path/'u', (999,), dtype=torch.float32)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['u']
