@@ -146,11 +146,12 @@ def metrics_file(
     if p.name=='metrics.json' and (p.parent/'config.json').exists(): raise ValueError(f'{p} belongs to the run: choose another --out')
     return p
 
-def _known(path, settings):
+def _known(path, about):
     "Rows of an earlier call that measured alike"
     try: old = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
-    return old['rows'] if isinstance(old, dict) and old.get('settings')==settings else {}
+    if not isinstance(old, dict) or any(old.get(k)!=v for k,v in about.items()): return {}
+    return old['rows'] if isinstance(old.get('rows'), dict) else {}
 
 # %% ../nbs/26b_measure.ipynb #2540f613
 def measure(
@@ -164,7 +165,7 @@ def measure(
     device='cpu',    # Where it works
     say=print,       # Where messages go
     **real,          # For `Real.of`: features, weights, download
-)->dict: # `rows` by name, and the `settings` they share
+)->dict: # `rows` by name, the `settings` they share, and the hash of what they are measured against (`made`)
     "Everything measured alike; what an interrupted call has measured is not measured again"
     out = metrics_file(out) if out else None
     plan = [(f'{s}: {f.stem}', f) for s in sources for f in checkpoints(s)] if sweep else [(str(s), image_files(s, n, seeds[0], say and tell) or s) for s in sources]
@@ -173,10 +174,11 @@ def measure(
         if isinstance(o, Drawn) and len(o)<4: raise ValueError(f'{name}: {len(o)} images have no third neighbour, at least 4 are needed')
         if not isinstance(o, Drawn) and not (sweep and i): open_model(o, 'cpu', steps)
     ref = Real.of(against, device=device, **real)
-    settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps, made=ref.made)
-    rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, settings) if out else {}
+    settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)
+    about = dict(settings=settings, made=ref.made)
+    rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, about) if out else {}
     def write(rows):
-        if out: write_text(out, json.dumps(dict(settings=settings, rows=rows), indent=1))
+        if out: write_text(out, json.dumps(about | dict(rows=rows), indent=1))
     def add(name, o, seed):
         with _named(name): rows[name] = ref.row(o) if isinstance(o, Drawn) else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
         write(rows | {k: r for k,r in known.items() if k not in rows})
@@ -186,7 +188,7 @@ def measure(
         for s in sources: _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
     write(rows)
     if say: say(f"{table(plus_minus({k: {c: v for c,v in r.items() if c!='sha256'} for k,r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)")
-    return dict(settings=settings, rows=rows)
+    return about | dict(rows=rows)
 
 # %% ../nbs/26b_measure.ipynb #356b3625
 def _header(path):

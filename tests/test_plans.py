@@ -535,7 +535,7 @@ def measured(tmp_path):
         g = np.random.default_rng(seed)
         np.savez(tmp_path/name, images=g.integers(0, 256, (24, 8, 8, 1), 'uint8'))
         return str(tmp_path/name)
-    def f(seed, **k): return measure([write('a.npz', 0)], write('b.npz', seed), tmp_path/'metrics.json', say=None, **k)['settings']
+    def f(seed, **k): return measure([write('a.npz', 0)], write('b.npz', seed), tmp_path/'metrics.json', say=None, **k)
     return f
 
 
@@ -543,7 +543,7 @@ def test_measurements_against_other_bytes_are_not_used_again(measured):
     "The reference keeps its name and its number of images; it is known by its bytes, and by the network that sees"
     assert measured(1) == measured(1)
     assert measured(1)['made'] != measured(2)['made']
-    assert {k: v for k, v in measured(1).items() if k != 'made'} == {k: v for k, v in measured(2).items() if k != 'made'}
+    assert measured(1)['settings'] == measured(2)['settings']
 
 
 # Model cards
