@@ -62,3 +62,51 @@ def test_timesteps_that_are_right():
     full = sdxl_sigmas()
     for good in ([999, 0], (999., 0.), torch.tensor([999, 0]), torch.tensor([999., 0.])): assert torch.equal(sdxl_sigmas(good), full[[999, 0]])
     assert sdxl_sigmas(399) == full[399]
+
+
+def test_v_prediction_is_noticed(tmp_path):
+    "A U-Net that lies in the folder of a v-prediction pipeline, however it is opened"
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from dmd2_nb.sdxl.adapt import check_start
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet, tiny_pipeline
+    for kind in ('v_prediction', 'epsilon'):
+        p = tiny_pipeline()
+        p.scheduler = EulerDiscreteScheduler.from_config(p.scheduler.config, prediction_type=kind)
+        p.save_pretrained(tmp_path/kind)
+        at = tmp_path/kind
+        opened = [UNet2DConditionModel.from_pretrained(at/'unet'), UNet2DConditionModel.from_pretrained(at, subfolder='unet'),
+                  load_dmd2_unet(at/'unet', TINY_SDXL), load_dmd2_unet(at/'unet'/'diffusion_pytorch_model.safetensors', TINY_SDXL)]
+        right, wrong = (VDenoiser, EpsDenoiser) if kind == 'v_prediction' else (EpsDenoiser, VDenoiser)
+        for u in opened:
+            right(u)
+            with pytest.raises(ValueError, match=f'predicts {kind}: take {right.__name__}'): wrong(u)
+        for source in (at, at/'unet'):
+            check_start(right(make_unet()), source)
+            with pytest.raises(ValueError, match='cannot be mixed'): check_start(wrong(make_unet()), source)
+
+
+def test_files_are_mended_when_they_are_opened(tmp_path):
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    unet = make_unet(sample_size=8)
+    c = encode_prompts(tiny_text_encoders(), ['a cat'], 64)
+    x, s = torch.randn(1, 4, 8, 8), sdxl_sigmas([999]).float()
+    for name, cast, dtype in (('eight', lambda k, v: v.to(torch.float8_e4m3fn), torch.bfloat16), ('mixed', lambda k, v: v if 'conv_in' in k else v.bfloat16(), torch.float32)):
+        tensors = {k: cast(k, v) for k, v in unet.state_dict().items()}
+        save_file(tensors, tmp_path/f'{name}.safetensors')
+        torch.save(tensors, tmp_path/f'{name}.bin', _use_new_zipfile_serialization=False)
+        for f in (tmp_path/f'{name}.safetensors', tmp_path/f'{name}.bin'):
+            u = load_dmd2_unet(f, TINY_SDXL | dict(sample_size=8))
+            assert {p.dtype for p in u.parameters()} == {dtype}
+            for k, v in u.state_dict().items(): assert torch.equal(v.float(), tensors[k].float())
+            assert EpsDenoiser(u)(x, s, c).isfinite().all()
+        assert {p.dtype for p in load_dmd2_unet(f, TINY_SDXL | dict(sample_size=8), torch.float16).parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize('kw, word', [(dict(in_channels=9), 'inpainting'), (dict(block_out_channels=(64, 128, 128)), 'another width: 2 times'), (dict(cross_attention_dim=32), 'misshapen')])
+def test_files_of_other_networks(kw, word, tmp_path):
+    from dmd2_nb.sdxl.adapt import check_start
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    make_unet(**kw).save_pretrained(tmp_path/'u', max_shard_size='500KB')
+    for call in (lambda: load_dmd2_unet(tmp_path/'u', TINY_SDXL), lambda: check_start(EpsDenoiser(make_unet()), tmp_path/'u')):
+        with pytest.raises(ValueError, match=word) as e: call()
+        assert len(str(e.value)) <= 600

@@ -20,6 +20,7 @@ from ..layers.lora import fuse, lora_state, open_lora, told_nothing
 from .adapter import SDXL_UNET, CondUNet, EpsDenoiser, make_unet, make_vae
 from .conditioning import tiny_text_encoders
 from .lora import AdapterNet
+from ..weights import guidance_parts
 
 # %% ../../nbs/35_sdxl.checkpoints.ipynb #42f817dd
 def load_dmd2_unet(
@@ -33,6 +34,7 @@ def load_dmd2_unet(
     net = make_unet(config, device='meta')
     check_fit(net.state_dict(), sd, path, ' this U-Net')
     net.load_state_dict(sd, assign=True)
+    net.opened_from = str(path)  # a pipeline's folder says what its U-Net predicts
     return net.requires_grad_(False).eval()
 
 # %% ../../nbs/35_sdxl.checkpoints.ipynb #73170328
@@ -174,11 +176,9 @@ def split_guidance(
     path, # pytorch_model_1.bin of a training checkpoint
 )->dict: # State dicts: teacher, fake, head (absent when the run had no GAN)
     "A guidance file in its parts"
-    sd = read_state_dict(path)
-    parts = dict(teacher='real_unet.', fake='fake_unet.', head='cls_pred_branch.')
-    out = {n: {k.removeprefix(p): v for k,v in sd.items() if k.startswith(p)} for n,p in parts.items()}
-    if not out['fake']: raise ValueError(f'{path} is no guidance file: no key begins with fake_unet.')
-    return {n: d for n,d in out.items() if d}
+    parts = guidance_parts(read_state_dict(path), path)
+    if 'fake_score' not in parts: raise ValueError(f'{path} is no guidance file: no key begins with fake_unet.')
+    return {'fake' if n=='fake_score' else n: d for n,d in parts.items()}
 
 def load_head(
     tensors:dict, # As from `split_guidance`
