@@ -51,11 +51,11 @@ def open_data(
     if source is None and not r.bundled: raise ValueError(f"the images of '{r.data}' do not come along: give a zip, a folder or an LMDB (--data)")
     data = open_images(source or r.data, workers=0 if r.bundled else 8)
     if not isinstance(data, ImageData): data = in_memory(data)
-    if data.class_names and source is not None: data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")
-    elif r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
     args,name = r.net['args'],source or r.data
     want = (args['in_channels'], args['img_resolution'], args['img_resolution'])
     if data.shape!=want: raise ValueError(f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}")
+    if data.class_names and source is not None: data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")
+    elif r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
     if data.label_dim!=args['label_dim']: raise ValueError(f"{name}: {data.label_dim} classes, the network of '{r.data}' has {args['label_dim']}")
     return data.holdout(r.holdout) if r.holdout else (data, None)
 
