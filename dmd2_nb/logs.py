@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .system.atomic import naming, write_text
+from .system.atomic import naming, put_aside, write_text
 
 # %% ../nbs/19a_logs.ipynb #0b83ff69
 class CsvLog:
@@ -44,7 +44,7 @@ class CsvLog:
             why = f"holds {len(keep)} rows up to {self.columns[0]} {start}, not the {mark['rows']} that were written"
         there = self.path.exists()
         if why and (there or mark and mark['rows']):
-            aside = f': put aside as {_put_aside(self.path).name}' if there else ''
+            aside = f': put aside as {put_aside(self.path).name}' if there else ''
             say(f'{self.path} {why}{aside}; {len(keep)} rows go on in a new one')
         return keep
 
@@ -80,13 +80,6 @@ def _text(v):
     if not isinstance(v, float): return str(v)
     if not v.is_integer(): v = float(f'{v:.6g}')  # read and written again it is the same text
     return f'{v:.0f}' if v.is_integer() and abs(v)<2**53 else f'{v:.6g}'
-
-def _put_aside(path):
-    "Give a file that cannot be used another name that is still free"
-    def name(i): return path.with_name(f"{path.stem}-damaged{f'-{i}' if i>1 else ''}{path.suffix}")
-    aside = next(name(i) for i in count(1) if not name(i).exists())
-    path.rename(aside)
-    return aside
 
 def read_log(
     path, # log.csv

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['naming', 'making', 'fsync', 'one_move', 'write_text', 'write_json', 'begin_folder', 'finish_folder', 'drop_folder',
-           'beside', 'remove', 'recover', 'one_move_folder']
+           'beside', 'remove', 'put_aside', 'recover', 'one_move_folder']
 
 # %% ../../nbs/50_system.atomic.ipynb #c152a1f5
 import errno, json, os
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 # %% ../../nbs/50_system.atomic.ipynb #bebb1ef6
@@ -178,6 +179,14 @@ def remove(folder): # Folder that may be there
             with suppress(OSError):
                 os.rmdir(path) if name in folders and not os.path.islink(path) else os.unlink(path)
     with suppress(OSError): os.rmdir(folder)
+
+def put_aside(path): # File that cannot be used
+    "Give a file another name that is still free, and return it"
+    path = Path(path)
+    def name(i): return path.with_name(f"{path.stem}-damaged{f'-{i}' if i>1 else ''}{path.suffix}")
+    aside = next(name(i) for i in count(1) if not name(i).exists())
+    path.rename(aside)
+    return aside
 
 # %% ../../nbs/50_system.atomic.ipynb #8b074cdd
 def recover(folder): # A folder that may have been moved aside
