@@ -66,7 +66,7 @@ def test_pictures_go_with_their_prompts(tmp_path):
     "Picture 10 is the eleventh, not the third"
     for i in range(12): picture(tmp_path/f'{i}.png', 20*i)
     class See:
-        batch = 4
+        batch, name = 4, 'brightness'
         def __call__(self, x): return torch.cat([x.float().mean((2, 3))[:, :1], torch.ones(len(x), 1)], 1)
         def text(self, prompts): return torch.tensor([[20.*int(p.split()[-1]), 1.] for p in prompts])
     mean, _ = clip_score(tmp_path, [f'number {i}' for i in range(12)], See())
