@@ -187,8 +187,9 @@ def fuse(
                          'count it twice: open the base anew; scale says how much of it')
     for n,(a,b) in tensors.items():
         w = network.get_submodule(n).weight
-        product = (b.float().flatten(1)@a.float().flatten(1)).view(w.shape).to(w.device)
-        w.copy_(w.float() + scale*alpha/rank*product)
+        wide = torch.promote_types(w.dtype, torch.float32)
+        product = (b.to(wide).flatten(1)@a.to(wide).flatten(1)).view(w.shape).to(w.device)
+        w.copy_(w.to(wide) + scale*alpha/rank*product)
         rows[n] = w[0].clone()
     network.__dict__['fused'] = marks|{mark},rows
     return network
@@ -256,6 +257,8 @@ def check_facts(
     source,      # The checkpoint, for the message
 ):
     "Refuse the checkpoint of another adapter or of one on another base, naming what differs"
+    if not isinstance(theirs, dict):
+        raise ValueError(f'{source}: what it says of its adapter is damaged')
     told = [f'{k} {_brief(theirs[k])} instead of {_brief(v)}' for k,v in mine.items()
             if k in theirs and theirs[k]!=v]
     if told: raise ValueError(f'{source} was saved with another adapter or base: {"; ".join(told)}')

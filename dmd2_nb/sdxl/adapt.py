@@ -26,7 +26,7 @@ from ..layers.lora import check_lora, open_lora
 from ..layers.lora_names import is_lora, sort_lora
 from ..layers.lora_strength import as_table
 from ..system.texts import read_text
-from ..system.tensors import few, read_metadata, read_shapes, read_state_dict, weight_files
+from ..system.tensors import misfit, read_metadata, read_shapes, read_state_dict, weight_files
 from ..train import save_state
 from .adapter import SDXL_UNET, EpsDenoiser, FlowDenoiser, SigmaDenoiser, VDenoiser
 from .checkpoints import export_lora, load_dmd2_lora
@@ -107,10 +107,8 @@ def check_start(
         found = sort_lora(i.shapes, t.shapes, i.source, 'teacher')
         check_lora(found, i.shapes, t.shapes, i.source, 'teacher')
         return
-    differ = [k for k in {**t.shapes, **i.shapes} if t.shapes.get(k)!=i.shapes.get(k)]
-    if not differ: return
-    verb = 'differs' if len(differ)==1 else 'differ'
-    raise ValueError(f"{i.source} is not of the teacher's architecture: {few(differ)} {verb}")
+    odd = misfit(t.shapes, i.shapes)
+    if odd: raise ValueError(f"{i.source} is not of the teacher's architecture: {odd}")
 
 # %% ../../nbs/39b_adapt.ipynb #2e77fc9d
 @torch.no_grad()
