@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from PIL import Image
 
-from dmd2_nb.checkpoint import write_text
+from dmd2_nb.system.atomic import write_text
 from dmd2_nb.core import cond_to, rng
 from dmd2_nb.evaluate import draw, eval_conds, student_sampler, teacher_sampler
 from dmd2_nb.fid import precision_recall

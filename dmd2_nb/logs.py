@@ -6,13 +6,14 @@
 __all__ = ['CsvLog', 'read_log', 'floats', 'Means']
 
 # %% ../nbs/19a_logs.ipynb #455520b4
-import csv, errno, os
+import csv, errno, hashlib, os, warnings
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .checkpoint import naming, write_text
+from .system.atomic import naming, put_aside, write_text
 
 # %% ../nbs/19a_logs.ipynb #0b83ff69
 class CsvLog:
@@ -21,15 +22,42 @@ class CsvLog:
         path,        # log.csv
         columns,     # Names; the first one is the step
         start:int=0, # Rows of later steps are dropped: a resumed run writes them again
+        mark=None,   # What `mark` gave at `start`; a file that does not hold those rows is put aside
+        say=warnings.warn, # Is told of it
     ):
-        self.path,self.columns,self.rows = Path(path),list(columns),[]
-        old = read_log(self.path) if self.path.exists() else []
+        self.path = Path(path)
+        self.columns = list(columns)
+        self.rows = self._earlier(start, mark, say)
+        lines = [self._line(dict(zip(self.columns, self.columns))), *map(self._line, self.rows)]
+        self._sum = hashlib.sha256(''.join(lines).encode())
+        write_text(self.path, ''.join(lines))
+
+    def _earlier(self, start, mark, say):
+        "The rows up to `start`; a file that has not all of them gets another name"
+        old,why = [],''
+        try: old = read_log(self.path)
+        except FileNotFoundError: why = 'is missing'
+        except (OSError, ValueError) as e: why = f'cannot be read ({e})'
+        if old and set(old[0])-set(self.columns): why = f'has other columns: {", ".join(old[0])}'[:200]
         keep = [{k: r[k] for k in self.columns if k in r} for r in old if r.get(self.columns[0], start+1)<=start]
-        if old and set(old[0])-set(self.columns): raise ValueError(f'{self.path} has other columns: {", ".join(old[0])}')
-        self.rows = keep
-        write_text(self.path, ''.join(map(self._line, [dict(zip(self.columns, self.columns)), *keep])))
+        if mark and not why and not self._fits(keep, mark):
+            why = f"holds {len(keep)} rows up to {self.columns[0]} {start}, not the {mark['rows']} that were written"
+        there = self.path.exists()
+        if why and (there or mark and mark['rows']):
+            aside = f': put aside as {put_aside(self.path).name}' if there else ''
+            say(f'{self.path} {why}{aside}; {len(keep)} rows go on in a new one')
+        return keep
+
+    def _fits(self, rows, mark):
+        head = self._line(dict(zip(self.columns, self.columns)))
+        text = head+''.join(map(self._line, rows))
+        return hashlib.sha256(text.encode()).hexdigest()==mark['sha256']
 
     def _line(self, row): return ','.join(_text(row.get(k)) for k in self.columns)+'\n'
+
+    def mark(self)->dict: # Number of rows, and the sum of all that was written
+        "For a checkpoint: which rows belong to it"
+        return dict(rows=len(self.rows), sha256=self._sum.hexdigest())
 
     def add(self, row:dict):
         "Append one row; other names than `columns` are left out"
@@ -38,21 +66,32 @@ class CsvLog:
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
                 n = os.write(fd, line)
-                if n<len(line): os.ftruncate(fd, os.fstat(fd).st_size-n); raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if n<len(line):
+                    os.ftruncate(fd, os.fstat(fd).st_size-n)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally: os.close(fd)
+        self._sum.update(line)
         self.rows.append({k: row[k] for k in self.columns if row.get(k) is not None})
 
-def _text(v): return '' if v is None else str(v) if not isinstance(v, float) else f'{v:.0f}' if v.is_integer() and abs(v)<2**53 else f'{v:.6g}'
+# %% ../nbs/19a_logs.ipynb #2d90e82b
+def _text(v):
+    "A number as it stands in the file"
+    if v is None: return ''
+    if not isinstance(v, float): return str(v)
+    if not v.is_integer(): v = float(f'{v:.6g}')  # read and written again it is the same text
+    return f'{v:.0f}' if v.is_integer() and abs(v)<2**53 else f'{v:.6g}'
 
 def read_log(
     path, # log.csv
 )->list: # Dicts of numbers, empty cells left out
     "The rows of a log"
     rows = []
-    with open(path, newline='', encoding='utf-8') as f:
-        for r in csv.DictReader(f):
-            try: rows.append({k: float(v) for k,v in r.items() if v})
-            except (TypeError, ValueError): break  # a line cut short by a crash
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            for r in csv.DictReader(f):
+                try: rows.append({k: float(v) for k,v in r.items() if v})
+                except (TypeError, ValueError): break  # a line cut short by a crash
+    except (UnicodeDecodeError, csv.Error) as e: raise ValueError(f'{path}: not a log ({e})') from None
     return rows
 
 # %% ../nbs/19a_logs.ipynb #44c3ace3
@@ -67,7 +106,11 @@ def floats(
 # %% ../nbs/19a_logs.ipynb #90f5af5e
 class Means:
     "Collects dicts of tensors, and gives the mean of each entry with one transfer"
-    def __init__(self, state=()): self.rows,self.sums = [],{k: (v, n) for k,v,n in state} # From `state` of an earlier one
+    def __init__(self,
+        state=(), # From `state` of an earlier one
+    ):
+        self.rows = []
+        self.sums = {k: (v, n) for k,v,n in state}
 
     def state(self)->list:
         "What has been collected, JSON-able: `Means(state)` goes on from it, digit for digit"
@@ -78,12 +121,14 @@ class Means:
 
     def _fetch(self):
         pairs = [(k, v) for log in self.rows for k,v in log.items() if isinstance(v, Tensor) and v.numel()==1]
-        sums = self.sums
-        for (k,_),x in zip(pairs, floats([v for _,v in pairs])): v,n = sums.get(k, (0., 0)); sums[k] = v+x,n+1
+        for (k,_),x in zip(pairs, floats([v for _,v in pairs])):
+            v,n = self.sums.get(k, (0., 0))
+            self.sums[k] = v+x,n+1
         self.rows = []
 
     def take(self)->dict: # name -> float
         "Means since the last call"
         self._fetch()
-        res,self.sums = {k: v/n for k,(v,n) in self.sums.items()},{}
-        return res
+        means = {k: v/n for k,(v,n) in self.sums.items()}
+        self.sums = {}
+        return means

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['World', 'setup', 'lost_contact', 'each_rank', 'fingerprint', 'all_ranks_same', 'all_ranks_differ', 'any_rank',
-           'in_step', 'rematerialise', 'shard_units', 'shard', 'syncing', 'on_meta', 'fill', 'gather_state']
+           'in_step', 'rematerialise', 'shard_units', 'shard', 'cut_modules', 'let_go', 'average_grads', 'syncing',
+           'on_meta', 'fill', 'gather_state']
 
 # %% ../nbs/36_parallel.ipynb #32bc4a4e
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
-import hashlib, json, os, warnings
+import hashlib, json, os
 
 import torch
 from torch import nn, Tensor
@@ -177,22 +177,33 @@ def shard_units(
 # %% ../nbs/36_parallel.ipynb #72d9cbec
 def shard(
     net:nn.Module,  # Network, the same on all ranks; changed in place, deep copies come before
-    mesh=None,      # From `World.mesh`: FSDP2 over it. DDP when absent
-    dtype=None,     # FSDP2: parameters are fetched and used in this dtype; gradients meet in float32
-    units=None,     # FSDP2: modules to fetch one at a time; `shard_units` when absent
+    mesh,           # From `World.mesh`
+    dtype=None,     # Parameters are fetched and used in this dtype; gradients meet in float32
+    units=None,     # Modules to fetch one at a time; `shard_units` when absent
     methods=('encode',), # What is called besides `forward`
-    partial:bool=False,  # DDP: some passes leave parts of the network unused
+    *,
+    keep:bool=False, # Fetched weights stay until `let_go`: fewer messages, and room for a whole network in `dtype`
 ): # `net`; state-dict keys stay as they are
-    "Spread a network over the processes: a copy on each (DDP), or a piece on each (FSDP2)"
-    methods = [m for m in methods if hasattr(net, m)]
-    if mesh is None: return _replicate(net, ['forward', *methods], partial)
+    "Spread a network over the processes, a piece on each (FSDP2)"
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     low = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(dtype if low else None, torch.float32 if low else None, cast_forward_inputs=False)
-    for m in shard_units(net) if units is None else units: fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    for m in methods: register_fsdp_forward_method(net, m)
+    for m in shard_units(net) if units is None else units:
+        fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
+    for m in cut_modules(net) if keep else (): m.set_reshard_after_backward(False, recurse=False)
+    for m in methods:
+        if hasattr(net, m): register_fsdp_forward_method(net, m)
     return _settle(net)
+
+def cut_modules(net:nn.Module)->list: # Network that went through `shard`, or not
+    "The modules whose weights are fetched together"
+    from torch.distributed.fsdp import FSDPModule
+    return [m for m in net.modules() if isinstance(m, FSDPModule)]
+
+def let_go(net:nn.Module): # Network that went through `shard(keep=True)`
+    "Give fetched weights back: the next pass fetches them as they are then"
+    for m in cut_modules(net): m.reshard()
 
 def _settle(net):
     "Let FSDP2 note dtypes while every parameter that learns says so: DMD2's first pass may be one with frozen weights"
@@ -201,31 +212,28 @@ def _settle(net):
     return net
 
 # %% ../nbs/36_parallel.ipynb #3c9a8e49
-class _Through(nn.Module):
-    "What DDP wraps: any method of the network"
-    def __init__(self, net): super().__init__(); self.net = net
-    def forward(self, f, *args, **kwargs): return f(*args, **kwargs)
+@torch.no_grad()
+def average_grads(
+    params,           # Parameters of networks that every rank holds whole
+    size:int,         # Number of ranks
+    bucket:int=2**25, # Numbers that travel in one message
+):
+    "Gradients become averages over all ranks (all-reduce), in few large messages; nothing is decided by their values, so a CUDA graph can hold it"
+    grads = [_as_it_lies(p.grad) for p in params if p.grad is not None]
+    while grads:
+        part,held = [],0
+        while grads and (not part or held+grads[0].numel()<=bucket and grads[0].dtype==part[0].dtype):
+            part.append(grads.pop(0))
+            held += part[-1].numel()
+        flat = torch.cat([g.reshape(-1) for g in part]).div_(size)
+        dist.all_reduce(flat)
+        sums = flat.split([g.numel() for g in part])
+        torch._foreach_copy_(part, [s.view(g.shape) for s,g in zip(sums, part)])
 
-def _replicate(net, methods, partial):
-    "DDP under the network's own class, so that attributes and state-dict keys stay"
-    if not any(p.requires_grad for p in net.parameters()): return net
-    from torch.nn.parallel import DistributedDataParallel
-    cls = type(net)
-    def through(own):
-        def f(self, *args, **kwargs):
-            learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-            return self._ddp[0](own.__get__(self), *args, **kwargs) if learns else own(self, *args, **kwargs)
-        return f
-    def copy(self, memo):  # a copy is a plain network
-        ddp,self.__class__ = self.__dict__.pop('_ddp'),cls
-        try: return deepcopy(self, memo)
-        finally: self.__class__ = new; self._ddp = ddp
-    new = type(cls.__name__, (cls,), {m: through(getattr(cls, m)) for m in methods} | dict(__deepcopy__=copy, __module__=cls.__module__))
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*broadcast_buffers')  # renamed in later releases of PyTorch
-        net._ddp = [DistributedDataParallel(_Through(net), broadcast_buffers=False, find_unused_parameters=partial, gradient_as_bucket_view=True)]
-    net.__class__ = new
-    return net
+def _as_it_lies(g):
+    "A view whose order is that of the memory: weights of convolutions are often channels-last"
+    last = g.ndim==4 and g.is_contiguous(memory_format=torch.channels_last)
+    return g.permute(0, 2, 3, 1) if last else g
 
 # %% ../nbs/36_parallel.ipynb #e347ed81
 @contextmanager
@@ -233,14 +241,12 @@ def syncing(
     *nets,        # Networks that went through `shard`, or not
     on:bool=True, # Whether gradients made inside the block meet those of other ranks
 ):
-    "Gradients meet once an update, however many backward passes it has"
-    def switch(v):
-        for m in nets:
-            if hasattr(m, '_ddp'): m._ddp[0].require_backward_grad_sync = v
-            elif hasattr(m, 'set_requires_gradient_sync'): m.set_requires_gradient_sync(v)
-    switch(on)
+    "Gradients of networks in pieces meet once an update, however many backward passes it has"
+    cut = [m for m in nets if hasattr(m, 'set_requires_gradient_sync')]
+    for m in cut: m.set_requires_gradient_sync(on)
     try: yield
-    finally: switch(True)
+    finally:
+        for m in cut: m.set_requires_gradient_sync(True)
 
 # %% ../nbs/36_parallel.ipynb #3e90a07c
 class _EmptyOnMeta(TorchFunctionMode):

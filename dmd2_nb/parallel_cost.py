@@ -37,7 +37,7 @@ def traffic(
     sizes:dict,   # Parameters of teacher, G, fake, and with the GAN of encode (part of fake) and head
     runs:dict,    # From `passes`
     ranks:int,    # Processes that share the work
-    shards:int=1, # Ranks that share one copy: 1 is DDP, `ranks` is FSDP2, between them hybrid
+    shards:int=1, # Ranks that share one copy: 1 is copies, `ranks` is FSDP2, between them hybrid
     accum:int=1,  # Pieces of a rank's batch
     weight:int=2, # Bytes of a parameter on its way (bf16)
     grad:int=4,   # Bytes of a gradient on its way (float32)
@@ -79,8 +79,8 @@ def held(
     rest:dict,         # Bytes that stay, by name, as `sdxl.roles.memory_plan` gives them
     activations:float, # Bytes of a pass for one sample
     samples:int,       # In one pass
-    shards:int=1,      # Ranks that share one copy; 1 is DDP
-    casts:float=0.,    # DDP: bytes of half-precision copies during a pass
+    shards:int=1,      # Ranks that share one copy; 1 is copies
+    casts:float=0.,    # Copies: bytes of half-precision copies during a pass
     whole:float=0.,    # Sharded: bytes of the layers that are whole at the moment
 )->float: # Bytes on one card
     "What one rank holds at its peak"

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from .system.tensors import check_finite
+
 # %% ../nbs/01_plot.ipynb #ecc0b177
 def new_axes(
     ax=None,   # Axes to draw on; a new figure when absent
@@ -103,6 +105,7 @@ def to_rgb(
     x = torch.as_tensor(images).detach().cpu()
     if x.ndim==3: x = x[:,None]
     if x.ndim!=4 or x.shape[1] not in (1,3): raise ValueError(f'images must be (n, h, w) or (n, 1 or 3, h, w), got {tuple(x.shape)}')
+    check_finite(x, 'images')  # NaN would be drawn in black
     if x.dtype!=torch.uint8: x = ((x.float().clamp(-1, 1)+1)*127.5).round().byte()
     return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 

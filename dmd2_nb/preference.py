@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from .system.atomic import write_text
+
 # %% ../nbs/41_preference.ipynb #89a5a6a0
 def wilson(
     wins:float,  # Votes for
@@ -81,12 +83,11 @@ class PairVote:
         for o in rows:
             if not 0<=o['item']<len(self.pairs) or {o['left'], o['right']}!={self.ours, self.pairs[o['item']][1]} or o['prompt']!=self.prompts[self.pairs[o['item']][0]]:
                 raise ValueError(f"{self.file} holds votes of another study: item {o['item']} compares {o['left']} with {o['right']} for '{o['prompt']}'")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        if new: self.file.write_text(','.join(COLUMNS)+'\n', encoding='utf-8')
+        if new: write_text(self.file, ','.join(COLUMNS)+'\n')
         else:
             text = self.file.read_bytes()
             tail = text[text.rfind(b'\n')+1:]  # of a line that was being written
-            if tail and _vote(tail.decode(errors='replace')): self.file.write_bytes(text+b'\n')
+            if tail and _vote(tail.decode(errors='replace')): write_text(self.file, text.decode()+'\n')
             elif tail: os.truncate(self.file, len(text)-len(tail))
         return rows
 

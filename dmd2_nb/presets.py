@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import load_into
-from .features import read_weights
+from .system.tensors import load_into, one_dtype, read_state_dict
 
 # %% ../nbs/37a_presets.ipynb #1691fd25
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +122,6 @@ def open_pipeline(
         from huggingface_hub import hf_hub_download
         path = Path(unet) if unet else Path(get(f'{preset.unet}/{name}', lambda: hf_hub_download(preset.unet, name, local_files_only=not download)))
         if preset.lora: pipe.load_lora_weights(str(path.parent), weight_name=path.name); pipe.fuse_lora()
-        else: load_into(pipe.unet, {k: v.to(dtype) for k,v in read_weights(path).items()}, path)
+        else: load_into(pipe.unet, one_dtype(read_state_dict(path), dtype), path)
     elif preset.unet: pipe.unet = get(unet or preset.unet, lambda: UNet2DConditionModel.from_pretrained(unet or preset.unet, **kw))
     return apply_preset(pipe.to(device), preset)

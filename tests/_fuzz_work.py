@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from dmd2_nb.denoiser import EDMPrecond
-from dmd2_nb.safe_pickle import RefusedPickle, read_pickle, write_edm_pickle
+from dmd2_nb.system.safe_pickle import RefusedPickle, read_pickle, write_edm_pickle
 from dmd2_nb.teacher import load_edm
 from dmd2_nb.unet import ADMUNet
 

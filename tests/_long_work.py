@@ -10,7 +10,7 @@ sys.path[:0] = [str(here.parent), str(here.parent/'data')]
 
 import torch
 from make_health_runs import COLUMNS, toy_run
-from dmd2_nb.checkpoint import save_step, steps
+from dmd2_nb.system.checkpoint import save_step, steps
 from dmd2_nb.runs import Run, follow
 from dmd2_nb.train import save_state, train
 

@@ -84,6 +84,20 @@ def fails(f):
     except Exception as e: return f'{type(e).__name__}: {e}'
 
 
+def channels_last(w, folder):
+    "A network in the memory format of a GPU is saved by two ranks and goes on: the largest gap of the losses"
+    def begin():
+        dmd = make(world=w, kind='unet')
+        for m in (dmd.G, dmd.fake): m.to(memory_format=torch.channels_last)
+        return dmd
+    dmd = begin()
+    run(dmd, 3, w)
+    save_parallel(dmd, f'{folder}/last', position=3)
+    other = begin()
+    load_parallel(other, f'{folder}/last')
+    return gap(run(dmd, 3, w, 3), run(other, 3, w, 3))
+
+
 def two_ranks(folder):
     torch.set_default_dtype(torch.float64)
     res = {}
@@ -93,8 +107,11 @@ def two_ranks(folder):
         res['equal'] = dict(ddp=alike(w), fsdp=alike(w, mode='fsdp'), ddp_unet=alike(w, 4, kind='unet'), fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
                             ddp_regression=alike(w, 4, other, data=False), fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
                             ddp_adm=alike(w, 3, kind='adm', remat=True), fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
-                            ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'))
+                            ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'),
+                            fsdp_kept=alike(w, mode='fsdp', keep=True), fsdp_kept_mix=alike(w, 8, mixed, mode='fsdp', keep=True),
+                            fsdp_kept_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True, keep=True, accum=2))
         res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
+        res['last'] = channels_last(w, folder)
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
             run(dmd, 3, w)
@@ -109,7 +126,7 @@ def two_ranks(folder):
         dmd = make(world=w)
         pairs = list(itertools.islice(data(cfg, dmd.shape, w), 3+2*w.rank))
         a, b = itertools.tee(in_step(pairs))
-        res['steps'] = len(list(train(dmd, (c for c, _ in a), 99, (r for _, r in b))))
+        res['steps'] = len(list(train(dmd, (c for c, _ in a), None, (r for _, r in b))))
         # what must differ and does not
         same = list(itertools.islice(data(replace(cfg, batch=8), dmd.shape), 4))
         mine = list(itertools.islice(data(cfg, dmd.shape, w), 4))
@@ -261,3 +278,53 @@ def batches64(c, shape, world, n=50):
 def command(args):
     from dmd2_nb.cli import distill_main
     return distill_main(args.split())
+
+
+def listened(f):
+    "What `f` gives, and the collectives of tensors that it took part in, in order; texts of ranks are left out"
+    import torch.distributed as dist
+    calls, own = [], {n: getattr(dist, n) for n in ('all_reduce', 'all_gather')}
+    def note(name):
+        def call(*args, **kwargs):
+            t = args[-1]
+            if t.is_floating_point(): calls.append([name, list(t.shape)])
+            return own[name](*args, **kwargs)
+        return call
+    for n in own: setattr(dist, n, note(n))
+    try: return f(), calls
+    finally:
+        for n, g in own.items(): setattr(dist, n, g)
+
+
+def replayed(folder):
+    "Two processes, plain and replayed: gaps between them, and from one process; the order of collectives; on from each other's checkpoints"
+    from _echo import EchoRunner, SeenByMany
+    torch.set_default_dtype(torch.float64)
+    pairs = replace(cfg, w_reg=0.5, ttur=1)
+    res = dict(equal={}, alone={})
+    with setup('cpu', timeout=120) as w:
+        def new(cls=ParallelDMD2, c=cfg, check=0, **kwargs): return make(cls, c, world=w, check_every=check, **kwargs)
+        def both(name, steps, **kwargs):
+            a, b = new(**kwargs), new(**kwargs, runner=EchoRunner())
+            (logs, plain), (again, order) = listened(lambda: run(a, steps, w)), listened(lambda: run(b, steps, w))
+            res['equal'][name] = [gap(logs, again), weights_gap_here(a, b)]
+            return b, logs, plain, order
+        b, logs, res['plain'], res['replayed'] = both('whole', 16)
+        res['replays'] = [b.runner.replays(kind) for kind in ('generator', 'critic')]
+        ref = make(DMD2)
+        res['alone']['whole'] = [gap(run(ref, 16), logs), weights_gap(ref, b)]
+        both('pieces, regression, checks, view', 9, c=pairs, cls=SeenByMany, accum=2, check=1)
+        # saved plain, on replayed
+        first, then, whole = new(), new(runner=EchoRunner()), new()
+        logs = run(whole, 12, w)
+        head = run(first, 2, w)
+        save_parallel(first, f'{folder}/run')
+        load_parallel(then, f'{folder}/run')
+        res['resumed'] = [gap(logs, head+run(then, 10, w, 2)), weights_gap_here(whole, then)]
+    return res
+
+
+def weights_gap_here(a, b):
+    "Largest difference of the weights that two runs hold on this rank"
+    nets = [(getattr(a, n), getattr(b, n)) for n in ('G', 'fake', 'head')]+[(a.ema.net, b.ema.net)]
+    return max(float((v-u).abs().max()) for m, o in nets if m is not None for v, u in zip(m.state_dict().values(), o.state_dict().values()))

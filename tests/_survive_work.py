@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dmd2_nb import cli, jobs, recipes
-from dmd2_nb.checkpoint import load_folder, read_tensors, steps
+from dmd2_nb.system.checkpoint import load_folder, steps
+from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 net = dict(net='UNet', args=dict(img_resolution=8, in_channels=1, label_dim=10, channels=[4], emb=8), sigma_data=0.6)
@@ -199,7 +200,7 @@ def asked(job, folder, name):
 def damaged(job, folder, how, events):
     "The newest checkpoint is damaged; the one before is taken"
     here = folder/f'{job}-{how}'
-    third = [i for i, e in enumerate(events) if e == 'os.rename step-15.tmp'][0]+2  # killed after the third checkpoint is there
+    third = [i for i, e in enumerate(events) if e == 'os.rename .step-15.tmp'][0]+2  # killed after the third checkpoint is there
     wait(start(job, here, Killer(third)))
     new, old = steps(the_run(here)/'state')[:2]
     file = sorted(new.glob('*.safetensors'))[0]
@@ -236,7 +237,7 @@ def main(folder, seed=0):
         begun = time.perf_counter()
         events, few = count(job, folder/f'{job}-unbroken'), job == 'train_teacher'
         out[job] = dict(unbroken=digest(job, folder/f'{job}-unbroken'), events=events, again=finish(job, folder/f'{job}-again'))
-        inside = range(events.index('os.mkdir step-15.tmp')+1, max(i for i, e in enumerate(events) if 'step-5.gone' in e)+2)
+        inside = range(events.index('os.mkdir .step-15.tmp')+1, max(i for i, e in enumerate(events) if 'step-5.gone' in e)+2)
         others = range(1, 1+max(i for i, e in enumerate(events) if e.startswith('os.rename .metrics')))  # then it is finished
         out[job] |= dict(inside=killed_inside(job, folder, events, dice.sample(inside, 3) if few else inside), others=killed_inside(job, folder, events, dice.sample(others, 2 if few else 4)),
                          times=killed_any_time(job, folder, 2 if few else 6, dice), storm=killed_any_time(job, folder, 1, dice, storm=2 if few else 4))

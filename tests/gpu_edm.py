@@ -242,7 +242,7 @@ def training(rep, args, kind='graphed'):
         replay,reserved = torch.cuda.max_memory_allocated(),torch.cuda.max_memory_reserved()
         mem = dict(peak_gib=max([replay, *peaks.values()])/GIB, reserved_gib=reserved/GIB)
         if graph:
-            segs = [s for s in torch.cuda.memory_snapshot() if tuple(s.get('segment_pool_id', ()))==tuple(dmd._pool)]
+            segs = [s for s in torch.cuda.memory_snapshot() if tuple(s.get('segment_pool_id', ()))==tuple(dmd.runner.pool)]
             whole,live = sum(s['total_size'] for s in segs),sum(s['allocated_size'] for s in segs)
             mem |= dict(eager_gib=peaks['eager']/GIB, capture_gib=peaks['capture']/GIB, outside_pool_gib=(replay-live)/GIB, pool_gib=whole/GIB, total_gib=(replay-live+whole)/GIB)
     bad = sorted({k for o in logs for k,v in o.items() if not v.isfinite().all()})

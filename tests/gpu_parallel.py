@@ -16,10 +16,11 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 import torch
 
-from dmd2_nb.core import cond_index, rng
+from dmd2_nb.core import rng
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2Config
 from dmd2_nb.fused import fused
+from dmd2_nb.graphs import GraphRunner
 from dmd2_nb.launch import launch
 from dmd2_nb.parallel import World, each_rank, setup
 from dmd2_nb.parallel_run import ParallelDMD2, load_parallel, save_parallel
@@ -86,10 +87,9 @@ def network(a, device):
     return EDMPrecond(net).eval().requires_grad_(False)
 
 
-def labelled(a, w, batch):
-    "Streams for `train`, drawn from the position for the whole batch, cut for this process"
-    n, classes, at = batch//w.size, 10 if a.tiny else 1000, itertools.count()
-    shape = (3, 16, 16) if a.tiny else (3, 64, 64)
+def labelled(a, w, batch, like=None):
+    "Streams for `train`, drawn from the position for the whole batch, cut for this process; `like` is the shape of a sample and the number of classes"
+    (shape, classes), n, at = like or dmd_shape(network, a), batch//w.size, itertools.count()
     def stream(steps, start=None):
         idx = list(range(start, start+steps)) if start is not None else [next(at) for _ in range(steps)]
         def draw(i, k): g = rng(7, i, k, device=w.device); return torch.randint(classes, (batch,), device=w.device, generator=g), g
@@ -102,53 +102,74 @@ def labelled(a, w, batch):
     return stream
 
 
-def edm_run(a, w, batch, mode='ddp', kind='plain', **changes):
-    net = network(a, w.device)
-    if kind == 'fused': net = net.to(memory_format=torch.channels_last)
-    fused(kind == 'fused')
+def edm_run(a, w, batch, mode='ddp', kind='plain', make=network, **changes):
+    "A run with random weights: 'plain', with 'fused' kernels, or with those as 'graphs'"
+    net = make(a, w.device)
+    fast = kind != 'plain'
+    if fast: net = net.to(memory_format=torch.channels_last)
+    fused(fast)
     cfg = DMD2Config(batch=batch, **dict(dtype='bfloat16') | changes)
-    dmd = ParallelDMD2.from_teacher(net, cfg, world=w, mode=mode, check_every=0)
+    more = dict(runner=GraphRunner()) if kind == 'graphs' and w.device.type == 'cuda' else {}
+    dmd = ParallelDMD2.from_teacher(net, cfg, world=w, mode=mode, check_every=0, **more)
     if mode == 'ddp': dmd.teacher.to(dmd.dtype)
     return dmd
 
 
-def imagenet64(a, w, rows):
-    """One GPU while the others wait, all GPUs without a word to each other, all GPUs in one run; twice, in turn.
-    Efficiency: seconds of one over seconds of all, at the same batch a GPU"""
-    each, cycles = (4, 1) if a.tiny else (40, 3)
-    alone = World(device=w.device)
+def garments(a, device):
+    "A network for 32 x 32 garments: 32 channels, multipliers 1-2-4"
+    kw = dict(img_resolution=32, in_channels=1, out_channels=1, label_dim=10, model_channels=32, channel_mult=(1, 2, 4), num_blocks=2, attn_resolutions=(8,), dropout=0.)
+    if a.tiny: kw |= dict(num_blocks=1, img_resolution=16, channel_mult=(1, 2))
+    torch.manual_seed(0)
+    with torch.device(device): net = ADMUNet(**kw)
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if p.ndim > 1 and p.std() < 1e-4: p.normal_(0, 0.02)
+    return EDMPrecond(net).eval().requires_grad_(False)
+
+
+def median(v): return sorted(v)[len(v)//2]
+
+
+def graphed(a, w, rows, name, make, batch, cycles, **changes):
+    """One GPU while the others wait, all GPUs at the same batch each, all GPUs at the same batch in all; graphs, fused kernels.
+    Median over the cycles of `ttur` iterations, after all kinds of turn are recorded"""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    for kind in ('plain', 'fused'):
-        if not rows.time_for(15): rows(what='left out', name=kind, error='no time left'); break
-        try:
-            seconds = dict(one=[], apart=[], ddp=[])
-            fresh(w)
-            apart, stream1 = edm_run(a, alone, each, kind=kind), labelled(a, alone, each)
-            timed(apart, stream1, 2, w)
-            mem1 = peaks(w, together=False)
-            together, stream2 = edm_run(a, w, each*w.size, kind=kind), labelled(a, w, each*w.size)
-            timed(together, stream2, 2, w)
-            for turn in range(2):
-                each_rank(0)
-                if w.main: seconds['one'] += timed(apart, stream1, cycles, w)[0]
-                each_rank(0)  # the others wait here
-                seconds['apart'] += timed(apart, stream1, cycles, w)[0]
-                each_rank(0)
-                got, log = timed(together, stream2, cycles, w)
-                seconds['ddp'] += got
-                if not rows.time_for(5*sum(map(sum, seconds.values()))): break
-            del apart; fresh(w)
-            timed(together, stream2, 1, w)
-            mem = peaks(w)
-            med = lambda v: sorted(v)[len(v)//2]
-            all_s = each_rank({k: med(v) if v else None for k, v in seconds.items()})
-            one, slow = all_s[0]['one'], {k: max(o[k] for o in all_s) for k in ('apart', 'ddp')}
-            eff = one/slow['ddp']
-            rows(what='ddp', name=kind, ranks=w.size, batch_each=each, one_s=one, apart_s=slow['apart'], ddp_s=slow['ddp'], efficiency=eff, apart_efficiency=one/slow['apart'],
-                 cycles_one=[round(v, 4) for v in each_rank(seconds['one'])[0]], cycles_ddp=[round(v, 4) for v in seconds['ddp']],
-                 images_s=each*w.size/slow['ddp'], **mem, one_peak_gib=mem1.get('peak_gib'), finite=all(math.isfinite(v) for v in log.values()), goal=GOAL, ok=eff >= GOAL)
-            del together
-        finally: fused(True); fresh(w)
+    alone, got, logs, begun = World(device=w.device), {}, {}, {}
+    plans = dict(one=(alone, batch), each=(w, batch*w.size), same=(w, batch))
+    for plan, (world, n) in plans.items():
+        each_rank(0)
+        if plan == 'one' and not w.main: each_rank(0); continue
+        fresh(w)
+        t = time.perf_counter()
+        dmd, stream = edm_run(a, world, n, kind='graphs', make=make, **changes), labelled(a, world, n, dmd_shape(make, a))
+        timed(dmd, stream, 5, world)  # three plain calls of each kind, the recordings, and one replay
+        begun[plan] = time.perf_counter()-t
+        got[plan], logs[plan] = timed(dmd, stream, cycles if plan != 'same' else max(2, cycles//2), world)
+        mem = peaks(w, together=plan != 'one')
+        if plan == 'one': each_rank(0)
+        if w.main or plan != 'one': got[plan+'_gib'] = mem.get('peak_gib')
+        del dmd; fresh(w)
+    slow = {k: max(o[k] for o in each_rank({k: median(v) for k, v in got.items() if k in ('each', 'same')})) for k in ('each', 'same')}
+    one = each_rank(median(got['one']) if w.main else None)[0]
+    spread = lambda v: [round(1e3*o, 2) for o in (min(v), median(v), max(v))]
+    rows(what='graphs', name=name, ranks=w.size, batch=batch, iterations=5*cycles, one_ms=1e3*one, each_ms=1e3*slow['each'], same_ms=1e3*slow['same'],
+         efficiency=one/slow['each'], faster=one/slow['same'], images_s=batch*w.size/slow['each'], spread_each_ms=spread(got['each']), spread_one_ms=spread(got['one']) if w.main else None,
+         begun_s={k: round(v, 1) for k, v in begun.items()}, each_gib=got['each_gib'], one_gib=got.get('one_gib'), finite=all(math.isfinite(v) for v in logs['each'].values()), goal=GOAL, ok=one/slow['each'] >= GOAL)
+
+
+def dmd_shape(make, a):
+    if make is garments: return ((1, 16, 16) if a.tiny else (1, 32, 32)), 10
+    return ((3, 16, 16), 10) if a.tiny else ((3, 64, 64), 1000)
+
+
+def fashion32(a, w, rows):
+    "The small network as graphs"
+    graphed(a, w, rows, 'fashion32', garments, 8 if a.tiny else 128, 2 if a.tiny else 40, levels=(80., 1., 0.3))
+
+
+def imagenet64(a, w, rows):
+    "The ImageNet-64 step as graphs"
+    graphed(a, w, rows, 'imagenet64', network, 4 if a.tiny else 40, 1 if a.tiny else 40)
 
 
 # -- SDXL, full fine-tuning --
@@ -166,7 +187,7 @@ def random_weights(w):
     return make
 
 
-def sdxl_run(a, w, each, optim='adamw'):
+def sdxl_run(a, w, each, optim='adamw', keep=False):
     "Three whole networks that no process ever holds whole when there are several; bf16 inside, recomputed activations"
     from dmd2_nb.sdxl.adapter import EpsDenoiser, make_unet
     from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
@@ -187,7 +208,7 @@ def sdxl_run(a, w, each, optim='adamw'):
         idx = [next(at)*w.size+w.rank for _ in range(steps)]
         x = lambda i: torch.randn(each, 4, side, side, device=w.device, generator=rng(11, i, 2, device=w.device))
         return (cond(i, 0) for i in idx), steps, ((x(i), cond(i, 1)) for i in idx)
-    dmd = sdxl_dmd2(roles, cfg, cond(0, 0), make=ParallelDMD2, world=w, mode='fsdp', weights=random_weights(w), check_every=0)
+    dmd = sdxl_dmd2(roles, cfg, cond(0, 0), make=ParallelDMD2, world=w, mode='fsdp', keep=keep, weights=random_weights(w), check_every=0)
     if optim == 'sgd':  # no averages: 16 bytes a parameter less, for the card that cannot hold them
         for n in ('opt_g', 'opt_fake'):
             groups = [dict(params=g['params'], lr=g['lr'], base_lr=g['base_lr']) for g in getattr(dmd, n).param_groups]
@@ -196,10 +217,10 @@ def sdxl_run(a, w, each, optim='adamw'):
     return dmd, stream
 
 
-def sdxl_row(a, w, rows, each, optim, iters):
+def sdxl_row(a, w, rows, each, optim, iters, keep=False):
     "One setup, measured; memory of a whole cycle after the warm-up, and of the whole run"
     fresh(w); t = time.perf_counter()
-    dmd, stream = sdxl_run(a, w, each, optim)
+    dmd, stream = sdxl_run(a, w, each, optim, keep)
     sync(w); built = time.perf_counter()-t
     rest = torch.cuda.memory_allocated()/GiB if w.device.type == 'cuda' else 0.
     ttur, t = dmd.cfg.ttur, time.perf_counter()
@@ -208,14 +229,64 @@ def sdxl_row(a, w, rows, each, optim, iters):
     seconds, log = timed(dmd, stream, max(1, iters//ttur), w, rows, 12, w.many)
     mem = peaks(w, w.many)
     if w.many: seconds = [max(o) for o in zip(*each_rank(seconds))]
-    return rows(what='sdxl', name=f'{optim}', ranks=w.size, batch_each=each, px=8*dmd.shape[-1], optim=optim, iterations=len(seconds)*ttur, s_per_iteration=sum(seconds)/len(seconds),
+    return rows(what='sdxl', name=f'{optim}', ranks=w.size, batch_each=each, px=8*dmd.shape[-1], optim=optim, keep=keep, iterations=len(seconds)*ttur, s_per_iteration=sum(seconds)/len(seconds),
                 s_best_cycle=min(seconds), images_s=each*w.size/(sum(seconds)/len(seconds)), **mem, at_start_gib=rest, built_s=built, first_cycle_s=first,
                 finite=all(math.isfinite(v) for v in log.values()), log={k: float(f'{v:.4g}') for k, v in log.items()})
 
 
 def sdxl(a, w, rows):
-    "Batch 2 a GPU, 1024 px, 30 iterations"
-    sdxl_row(a, w, rows, 2, 'adamw', 10 if a.tiny else 30)
+    "Batch 2 a GPU, 1024 px: fetched weights stay until they change"
+    sdxl_row(a, w, rows, 2, 'adamw', 10 if a.tiny else 20, keep=True)
+
+
+def sdxl_lean(a, w, rows):
+    "The same, fetched for each pass: less memory, more messages"
+    sdxl_row(a, w, rows, 2, 'adamw', 5 if a.tiny else 10)
+
+
+def adapters(a, w, rows):
+    "Generator and fake score as adapters on one frozen base per GPU, recorded passes, gradients of adapters and head alone travelling; one GPU while the others wait, then all"
+    from dmd2_nb.sdxl.adapter import EpsDenoiser, make_unet
+    from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
+    from dmd2_nb.sdxl.recipe import sdxl_dmd2, sdxl_lora_config
+    from dmd2_nb.sdxl.roles import SharedBase
+    unet, side, tokens = sdxl_shape(a)
+    pooled = unet['projection_class_embeddings_input_dim']-6*unet['addition_time_embed_dim']
+    half, each, seconds = torch.bfloat16 if w.device.type == 'cuda' else torch.float32, 1, {}
+    torch.manual_seed(0)
+    body = make_unet(unet, device='meta', dtype=half).to_empty(device=w.device)
+    weights = random_weights(w)
+    with torch.no_grad():
+        for n, p in body.named_parameters(): p.copy_(weights('unet', n, tuple(p.shape)))
+    for plan, world in dict(one=World(device=w.device), all=w).items():
+        each_rank(0)
+        if plan == 'one' and not w.main: each_rank(0); continue
+        fresh(w)
+        roles = SharedBase(EpsDenoiser(body, shape=(4, side, side)), 64 if not a.tiny else 4)
+        def cond(i, k):
+            g = rng(13+world.rank, i, k, device=w.device)
+            r = lambda *s: torch.randn(each, *s, device=w.device, generator=g, dtype=half)
+            return SDXLCond(r(tokens, unet['cross_attention_dim']), r(pooled), micro_ids(each, 8*side, device=w.device).to(half))
+        at = itertools.count()
+        def stream(steps):
+            idx = [next(at) for _ in range(steps)]
+            x = lambda i: torch.randn(each, 4, side, side, device=w.device, generator=rng(13+world.rank, i, 2, device=w.device))
+            return (cond(i, 0) for i in idx), steps, ((x(i), cond(i, 1)) for i in idx)
+        cfg = replace(sdxl_lora_config, batch=each*world.size, dtype='bfloat16' if half == torch.bfloat16 else 'float32')
+        dmd = sdxl_dmd2(roles, cfg, cond(0, 0), make=ParallelDMD2, world=world, check_every=0)
+        roles.record()
+        timed(dmd, stream, 2 if a.tiny else 6, world)
+        seconds[plan], log = timed(dmd, stream, 1 if a.tiny else 10, world)
+        mem = peaks(w, together=plan != 'one')
+        travel = 4*sum(p.numel() for o in (dmd.opt_g, dmd.opt_fake) for g in o.param_groups for p in g['params'])/1e9
+        if plan == 'one': each_rank(0)
+        roles.base.restore()
+        del dmd, roles
+    mean = lambda v: sum(v)/len(v)
+    one = each_rank(mean(seconds['one']) if w.main else None)[0]
+    slow = max(each_rank(mean(seconds['all'])))
+    rows(what='adapters', name='three roles on one base', ranks=w.size, batch_each=each, px=8*side, one_s=one, all_s=slow, efficiency=one/slow, gradients_gb=travel, **mem,
+         finite=all(math.isfinite(v) for v in log.values()), goal=0.95, ok=one/slow >= 0.95)
 
 
 def sdxl_plain(a, w, rows):
@@ -247,7 +318,7 @@ def resume(a, w, rows):
     def gaps(x, y):
         scale = {k: max(abs(o[k]) for o in x+y if k in o) for k in set().union(*x)}
         return {k: max(abs(p[k]-q[k]) for p, q in zip(x, y) if k in p)/max(s, 1e-9) for k, s in sorted(scale.items())}
-    for mode in ('fsdp', 'ddp'):
+    for mode in ('ddp', 'fsdp'):
         if not rows.time_for(5 if a.tiny else 30): rows(what='left out', name=mode, error='no time left'); break
         fresh(w); t = time.perf_counter()
         many, stream = edm_run(a, w, batch, mode, **changes), labelled(a, w, batch)
@@ -269,14 +340,27 @@ def resume(a, w, rows):
                 tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
                 if dtype == 'float32': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
                 got[dtype] = take(one, labelled(a, alone, batch), at)
+                if dtype == 'bfloat16': save_parallel(one, base/f'{mode}_back', position=at+n); further = take(one, labelled(a, alone, batch), at+n)
                 torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
                 del one; fresh(w)
             off, own = gaps(after, got['bfloat16']), gaps(got['float32'], got['bfloat16'])
             losses = {k: max(own[k], 2**-8) for k in off if k.endswith('loss')}
             short = lambda d: {k: float(f'{v:.3g}') for k, v in d.items()}
-            rows(what='resume', name=mode, ranks=w.size, batch=batch, step=at, files=sorted({f.suffix for f in files}), gb=sum(f.stat().st_size for f in files)/1e9, built_s=ready, save_s=saved,
+            rows(what='resume', name=mode, way=f'{w.size} to 1', ranks=w.size, batch=batch, step=at, files=sorted({f.suffix for f in files}), gb=sum(f.stat().st_size for f in files)/1e9, built_s=ready, save_s=saved,
                  load_s=loaded[0], loss_gap=max(off[k] for k in losses), bf16_error=max(losses.values()), ratio=max(off[k]/e for k, e in losses.items()),
                  ok=all(off[k] <= 2*e for k, e in losses.items()), gaps=short(off), errors=short(own), many=[o['fake_loss'] for o in after], one=[o['fake_loss'] for o in got['bfloat16']])
+        each_rank(0)
+        fresh(w); t = time.perf_counter()
+        many = edm_run(a, w, batch, mode, **changes)  # and back: saved by one, gone on by all
+        at = load_parallel(many, base/f'{mode}_back')['position']
+        loaded = time.perf_counter()-t
+        back = take(many, stream, at)
+        del many; fresh(w)
+        if w.main:
+            off = gaps(back, further)
+            rows(what='resume', name=mode, way=f'1 to {w.size}', ranks=w.size, batch=batch, step=at, load_s=loaded, loss_gap=max(off[k] for k in losses), bf16_error=max(losses.values()),
+                 ratio=max(off[k]/e for k, e in losses.items()), ok=all(off[k] <= 2*e for k, e in losses.items()), gaps={k: float(f'{v:.3g}') for k, v in off.items()},
+                 many=[o['fake_loss'] for o in back], one=[o['fake_loss'] for o in further])
         each_rank(0)
 
 
@@ -313,6 +397,41 @@ def notebook(a, w, rows):
         rows(what='launch', name=mode, ranks=n, devices=[o['device'] for o in many], loss_gap=gap, seconds=time.perf_counter()-t, ok=gap < 1e-4)
 
 
+def hung(a, w, rows):
+    "`dmd2_distill --nproc N` with a process that stands still: the command ends by itself, and the same command goes on"
+    n, silence, folder = 2 if w.device.type == 'cpu' else torch.cuda.device_count(), 10, Path(tempfile.mkdtemp())
+    words = f'distill fashion16 --device {w.device.type} --features pixels --batch 8 --eval-n 8 --eval-every 0 --save-every 50 --nproc {n} --silence {silence}'
+    words += f' --iters {400 if a.tiny else 20000} --set warmup_fake=4 --set gan_start=3'
+    log = folder/'runs'/'fashion16-1'/'log.csv'
+    def done(): return int((log.read_text().splitlines()[-1:] or ['step'])[0].split(',')[0].replace('step', '0') or 0) if log.exists() else 0
+    def start(): return subprocess.Popen([sys.executable, '-m', 'dmd2_nb.cli', *words.split()], cwd=folder, env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), *sys.path])), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def children(pid):
+        found = []
+        for p in Path('/proc').glob('[0-9]*'):
+            try: parent = int((p/'stat').read_text().rpartition(')')[2].split()[1])
+            except (OSError, ValueError): continue
+            if parent == pid: found.append(int(p.name))
+        return sorted(found)
+    try:
+        p = start()
+        while done() < 100 and p.poll() is None and rows.left > 5: time.sleep(0.1)
+        ranks = children(children(p.pid)[0])[:n]
+        os.kill(ranks[-1], signal.SIGSTOP)
+        t = time.perf_counter()
+        err = p.communicate(timeout=max(5, rows.left-5))[1].strip().splitlines()
+        took, at = time.perf_counter()-t, done()
+        time.sleep(1)
+        left = [r for r in ranks if Path(f'/proc/{r}').exists() and (Path(f'/proc/{r}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX')]
+        q = start()
+        while done() <= at and q.poll() is None and rows.left > 3: time.sleep(0.1)
+        on = done()
+        q.send_signal(signal.SIGTERM)
+        said = q.communicate(timeout=max(5, rows.left))[1].strip().splitlines()
+        rows(what='hung', name='SIGSTOP', ranks=n, silence_s=silence, seconds=took, code=p.returncode, said=(err or [''])[-1][:200], left=len(left), at=at, went_on_to=on, code_after=q.returncode, said_after=(said or [''])[-1][:160],
+             ok=p.returncode == 2 and took < silence+20 and not left and on > at)
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+
 def hello(a, w, rows):
     "What there is, and how fast gradients meet"
     import torch.distributed as dist
@@ -328,8 +447,8 @@ def hello(a, w, rows):
 
 
 # Name -> function, seconds at most, processes (None: all; 1: without torchrun), the least worth starting
-PARTS = dict(hello=(hello, 50, None, 10), imagenet64=(imagenet64, 110, None, 30), sdxl=(sdxl, 150, None, 60), sdxl_one=(sdxl_one, 130, 1, 40),
-             resume=(resume, 110, None, 40), sdxl_plain=(sdxl_plain, 75, None, 40), notebook=(notebook, 60, 1, 25))
+PARTS = dict(hello=(hello, 50, None, 10), fashion32=(fashion32, 90, None, 30), imagenet64=(imagenet64, 200, None, 60), sdxl=(sdxl, 150, None, 60), sdxl_one=(sdxl_one, 130, 1, 40),
+             sdxl_lean=(sdxl_lean, 110, None, 50), adapters=(adapters, 110, None, 40), resume=(resume, 110, None, 40), notebook=(notebook, 60, 1, 25), hung=(hung, 80, 1, 40), sdxl_plain=(sdxl_plain, 75, None, 40))
 
 
 def part(a):
@@ -391,10 +510,12 @@ def table(rows):
     print(f"{'GPUs':>5}{'batch each':>11}{'optimiser':>11}{'iterations':>11}{'s/iteration':>12}{'images/s':>9}  peak GiB of each")
     for r in of('sdxl'): print(f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f}  {gib(r)}{'' if r['finite'] else '  NOT FINITE'}")
     for r in of('no room'): print(f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}   no room on a card of {r['total_gib']:.0f} GiB")
-    print('ImageNet-64, copies')
-    for r in of('ddp'): print(f"  {r['name']}: one {1e3*r['one_s']:.0f} ms, {r['ranks']} apart {1e3*r['apart_s']:.0f} ms, {r['ranks']} in one run {1e3*r['ddp_s']:.0f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), peak GiB {gib(r)}")
-    print('Saved on all, resumed on one')
-    for r in of('resume'): print(f"  {r['name']}: {r['gb']:.2f} GB, saved in {r['save_s']:.1f} s, largest relative gap of a loss {r['loss_gap']:.2e}, bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} (at most 2: {'yes' if r['ok'] else 'no'})")
+    print('Copies')
+    for r in of('graphs'): print(f"  {r['name']} as graphs: one {r['one_ms']:.2f} ms, {r['ranks']} at the same batch each {r['each_ms']:.2f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}); at the same batch in all {r['same_ms']:.2f} ms")
+    for r in of('adapters'): print(f"SDXL, {r['name']}: one {r['one_s']:.3f} s, {r['ranks']} {r['all_s']:.3f} s, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), {r['gradients_gb']:.2f} GB of gradients, peak GiB {gib(r)}")
+    for r in of('hung'): print(f"A process that stands still: the command ended after {r['seconds']:.1f} s with {r['code']} ({r['said']}), the same command went on from {r['at']} to {r['went_on_to']}: {'yes' if r['ok'] else 'no'}")
+    print('Saved and resumed by another number')
+    for r in of('resume'): print(f"  {r['name']}, {r['way']}: largest relative gap of a loss {r['loss_gap']:.2e}, bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} (at most 2: {'yes' if r['ok'] else 'no'})")
     for r in of('launch'): print(f"Started as from a notebook, {r['name']}: {r['ranks']} processes on {', '.join(r['devices'])}, losses off one process's by {r['loss_gap']:.1e} ({'yes' if r['ok'] else 'no'})")
     for r in of('failed')+of('left out'): print(f"  {r['what']}: {r['part']} {r['name']}: {r['error'][:200]}")
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import torch  # the parent never asks for the card: only its children do, so that they can be forked
 from dmd2_nb import graphs, jobs
-from dmd2_nb.checkpoint import load_folder, steps
+from dmd2_nb.system.checkpoint import load_folder, steps
 from dmd2_nb.recipes import recipe
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dmd2_nb import cli, jobs, recipes, runs
-from dmd2_nb.checkpoint import read_tensors
+from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 resource = pytest.importorskip('resource', reason='full disks are acted by a limit of POSIX')
@@ -288,11 +288,9 @@ def test_full_in_the_middle_then_room_again(line, file, run, here, capsys, no_pi
 
 
 places = {  # what is written -> where the disk is full, and from which byte on
-    'config.json': (runs, 'write_text', 100),
+    'config.json': (runs, 'write_signed_json', 100),
     'log.csv': (runs.CsvLog, 'add', 10),
     'generator.safetensors': (jobs, 'save_denoiser', 4000),
-    'grids/000009.png': (cli, 'save_figure', 500),
-    'samples.png': (cli, 'draw_pairs', 500),
     'metrics.json': (runs.Run, 'finish', 20),
 }
 
@@ -305,12 +303,9 @@ def test_full_anywhere(file, here, capsys, ends, monkeypatch):
     f = getattr(where, name)
     def no_room(*args, **kwargs):
         with disk_with(size): return f(*args, **kwargs)
-    r = recipes.RECIPES['fashion16']
-    monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, every=r.every | dict(show=9)))
     with monkeypatch.context() as m:
         m.setattr(where, name, no_room)
-        if not file.endswith('png'): m.setattr(cli, 'PICTURES', {})
-        elif where is cli: m.setattr(cli, 'PICTURES', {k: getattr(cli, f'draw_{k}') for k in cli.PICTURES})
+        m.setattr(cli, 'PICTURES', {})
         full(good, None, capsys, f'runs/fashion16-1/{file}')
     assert not (folder/'metrics.json').exists()
     assert last_step(folder) == {'config.json': 0, 'log.csv': 0}.get(file, 9)  # a checkpoint comes after its row
@@ -320,6 +315,25 @@ def test_full_anywhere(file, here, capsys, ends, monkeypatch):
     assert weights(folder) == end and [p.name for p in (here/'runs').iterdir()] == ['fashion16-1']
     assert not (folder/'state').exists()
     whole(folder)
+
+
+@pytest.mark.parametrize('file, name, size', [('grids/000009.png', 'save_figure', 500), ('samples.png', 'draw_pairs', 500)])
+def test_full_when_a_picture_is_drawn(file, name, size, here, capsys, ends, monkeypatch):
+    "A picture is not worth a run: one line names it, and the run is finished with all that counts"
+    end, folder, f = unbroken(ends, good, 'generator.safetensors'), here/'runs'/'fashion16-1', getattr(cli, name)
+    def no_room(*args, **kwargs):
+        with disk_with(size): return f(*args, **kwargs)
+    r = recipes.RECIPES['fashion16']
+    monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, every=r.every | dict(show=9)))
+    monkeypatch.setattr(cli, name, no_room)
+    monkeypatch.setattr(cli, 'PICTURES', {k: getattr(cli, f'draw_{k}') for k in cli.PICTURES})
+    capsys.readouterr()
+    assert call(good) == 0
+    said = capsys.readouterr().out
+    assert f'runs/fashion16-1/{file} is not drawn' in said and 'File too large' in said
+    assert weights(folder) == end and (folder/'metrics.json').exists() and not (folder/file).exists()
+    assert not [p for p in here.rglob('*') if 'tmp' in p.name]
+    whole(here)
 
 
 @contextmanager
@@ -439,7 +453,10 @@ def test_damaged_checkpoint(here, capsys, no_pictures, monkeypatch):
     refused(good, capsys, 'fake.safetensors')
     file.write_bytes(bytes)
     (here/'runs'/'fashion16-1'/'config.json').write_text('{')
-    refused(good, capsys, 'config.json is damaged')
+    assert call(good) == 0
+    said = capsys.readouterr().out
+    assert 'runs/fashion16-1/config.json is damaged' in said and 'restored from runs/fashion16-1/state/step-3' in said and 'goes on at iteration 3' in said
+    assert [p.name for p in (here/'runs').iterdir()] == ['fashion16-1']
 
 
 def test_a_run_that_another_process_holds(here, capsys, no_pictures):

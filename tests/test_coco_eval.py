@@ -34,12 +34,12 @@ def test_prompt_files(tmp_path, name, text, want):
 
 
 @pytest.mark.parametrize('name,data,message', [
-    ('a.txt', b'one\n\ntwo', 'prompt 2 is empty'),
+    ('a.txt', b'one\n\ntwo', 'line 2: empty prompt'),
     ('a.txt', b'caf\xe9', 'not UTF-8'),
-    ('a.txt', b'', 'no list of texts'),
-    ('a.json', b'{"x": 1}', 'cannot be read as prompts'),
-    ('a.json', b'[1, 2]', 'no list of texts'),
-    ('a.csv', b'id,text\n1,x\n', 'no column'),
+    ('a.txt', b'', 'has no prompts'),
+    ('a.json', b'{"x": 1}', "no column caption, prompt or text; there are: 'x'"),
+    ('a.json', b'[1, 2]', 'item 1: 1 is no text'),
+    ('a.csv', b'id,words\n1,x\n', 'no column caption, prompt or text'),
     ('a.pkl', b'not a pickle', 'a.pkl'),
 ])
 def test_bad_prompt_files(tmp_path, name, data, message):

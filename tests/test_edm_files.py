@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.gan import GanHead
 from dmd2_nb.noise import karras_sigmas
-from dmd2_nb.safe_pickle import RefusedPickle, Thing, module_state, read_pickle, write_edm_pickle
+from dmd2_nb.system.safe_pickle import RefusedPickle, Thing, module_state, read_pickle, write_edm_pickle
 from dmd2_nb.teacher import edm_imagenet64_kwargs, load_dmd2_edm, load_edm, to_safetensors
 from dmd2_nb.unet import ADMUNet, SongUNet
 
@@ -212,7 +212,7 @@ def test_truncated(tmp_path):
     (tmp_path/'text.bin').write_text('hello, this is no checkpoint at all')
     one_error('text.bin is neither', load_edm, tmp_path/'text.bin')
     torch.save([1, 2], tmp_path/'list.pt')
-    one_error('list.pt is not a state dict', load_edm, tmp_path/'list.pt')
+    one_error('list.pt: not a state dict, it holds a list', load_edm, tmp_path/'list.pt')
     torch.save(dict(step=3, w=torch.ones(1)), tmp_path/'mixed.pt')
     one_error('mixed.pt.*step', load_edm, tmp_path/'mixed.pt')
 

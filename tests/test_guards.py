@@ -8,7 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'data'))
 from make_health_runs import toy_net, toy_run
-from dmd2_nb.checkpoint import load_folder, read_tensors, save_step, steps
+from dmd2_nb.system.checkpoint import load_folder, save_step, steps
+from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.core import rng
 from dmd2_nb.distill import DMD2
 from dmd2_nb.guards import Alarm, Guard, Limits, guarded

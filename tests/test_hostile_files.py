@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmd2_nb.checkpoint import MAX_HEADER, load_folder, read_tensors, save_folder, shard_index
+from dmd2_nb.system.checkpoint import load_folder, save_folder
+from dmd2_nb.system.tensors import MAX_HEADER, read_tensors, shard_index
 from dmd2_nb.core import checked
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2Config, toy_config
@@ -18,7 +19,7 @@ from dmd2_nb.image_files import ImageZip
 from dmd2_nb.images import in_memory
 from dmd2_nb.nets import ToyNet
 from dmd2_nb.runs import claim_run
-from dmd2_nb.safe_pickle import MAX_OPS, RefusedPickle, read_pickle
+from dmd2_nb.system.safe_pickle import MAX_OPS, RefusedPickle, read_pickle
 from dmd2_nb.train import load_state, save_state
 from dmd2_nb.weights import load_denoiser, save_denoiser
 

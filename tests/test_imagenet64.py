@@ -56,7 +56,7 @@ def test_from_the_shell(files, monkeypatch, capsys):
 
 
 def test_first_networks_come_from_the_earlier_run(files, tmp_path):
-    from dmd2_nb.checkpoint import save_folder
+    from dmd2_nb.system.checkpoint import save_folder
     other, T = tiny(), tiny()
     with torch.no_grad():
         for p in other.parameters(): p.add_(torch.randn(p.shape, generator=rng(3)))

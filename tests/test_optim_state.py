@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from dmd2_nb.checkpoint import load_folder, load_optim, optim_tensors, save_folder
+from dmd2_nb.system.checkpoint import load_folder, load_optim, optim_tensors, save_folder
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.train import load_state, save_state, train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import _parallel_work as work
-from dmd2_nb.checkpoint import load_folder
+from dmd2_nb.system.checkpoint import load_folder
 from dmd2_nb.distill import DMD2
 from dmd2_nb.launch import launch
 from dmd2_nb.train import load_state, save_state
@@ -54,6 +54,9 @@ def test_sdxl_two_ranks_equal_one(tmp_path):
 
 def test_accumulation_equals_the_big_batch(two):
     for name, (logs, weights) in two[0]['accum'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+
+
+def test_channels_last_is_saved(two): assert two[0]['last'] == 0
 
 
 def test_networks_born_on_meta(two): assert max(two[0]['empty']) < tol

@@ -61,7 +61,7 @@ def test_lora_of_another_width(tmp_path):
 @pytest.mark.parametrize('change', [dict(in_channels=9), dict(block_out_channels=(16, 32, 32)), dict(cross_attention_dim=32)], ids=['inputs', 'widths', 'text'])
 def test_unet_with_wrong_channels(tmp_path, change):
     file = export_unet(make_unet(SMALL, **change), tmp_path/'other', (999,))/'diffusion_pytorch_model.safetensors'
-    with pytest.raises(ValueError, match=r'does not fit this U-Net: .*misshapen \(.* instead of ') as e: load_dmd2_unet(file, SMALL)
+    with pytest.raises(ValueError, match=r'does not fit this U-Net: .*misshapen: .* instead of ') as e: load_dmd2_unet(file, SMALL)
     assert one_line(e)
 
 
@@ -183,3 +183,22 @@ def test_an_empty_folder_of_images(tmp_path):
     from dmd2_nb.image_files import folder_images
     with pytest.raises(ValueError, match=str(tmp_path)) as e: folder_images(tmp_path)
     assert one_line(e)
+
+
+def test_a_run_kept_by_steps(conds, tmp_path):
+    "A folder of step-N goes on as one; fewer iterations than are done change nothing"
+    from dmd2_nb.system.checkpoint import save_step
+    from dmd2_nb.train import save_state
+    a, b, whole = run(conds), run(conds), run(conds)
+    for _ in distill_sdxl(a, conds, 2): pass
+    save_step(tmp_path/'run', 2, lambda p: save_state(a, p))
+    for _ in distill_sdxl(b, conds, 4, folder=tmp_path/'run', save_every=1): pass
+    for _ in distill_sdxl(whole, conds, 4): pass
+    assert same(weights(b.G), weights(whole.G)) and sorted(p.name for p in (tmp_path/'run').iterdir()) == ['step-3', 'step-4']
+    before = weights(a.G)
+    with pytest.raises(ValueError, match='step-4 has done 4 iterations, 3 are asked for'): next(distill_sdxl(a, conds, 3, folder=tmp_path/'run'))
+    with pytest.raises(ValueError, match='the run has done 2 iterations, 1 are asked for'): next(distill_sdxl(a, conds, 1))
+    assert same(weights(a.G), before) and a.step == 2
+    assert not list(distill_sdxl(whole, conds, 4))
+    for bad in (2.5, -1, True, 'many'):
+        with pytest.raises(ValueError, match='steps'): next(distill_sdxl(a, conds, bad))

@@ -73,6 +73,11 @@ def test_resumed_equals_unbroken(pairs, tmp_path):
     torch.testing.assert_close(torch.stack(first+rest), torch.stack(losses))
     for a, b in zip(whole.parameters(), other.parameters()): torch.testing.assert_close(a, b)
     assert any((p != q).any() for p, q in zip(whole.parameters(), role().parameters()))
+    (tmp_path/'steps').mkdir()  # the layout that `save_step` writes goes on as well, and is kept
+    list(regression_pretrain(role(), pairs, 2, folder=tmp_path/'steps'/'step-2', **args))
+    again = role()
+    assert list(regression_pretrain(again, pairs, 5, folder=tmp_path/'steps', **args)) == losses[2:]
+    assert sorted(p.name for p in (tmp_path/'steps').iterdir()) == ['step-2', 'step-5']
     with pytest.raises(ValueError, match='another run: timestep 399 instead of 999'): next(regression_pretrain(role(), pairs, 9, timestep=999, folder=tmp_path/'run', **args))
 
 
@@ -99,3 +104,33 @@ def test_bad_input(pairs):
     with pytest.raises(ValueError, match='no loss scaling'): next(regression_pretrain(role(), pairs, dtype='float16'))
     for n in (0, 1001):
         with pytest.raises(ValueError, match='steps must lie in'): trailing_timesteps(n)
+
+
+def test_checkpoints_by_step(pairs, tmp_path):
+    "A folder of step-N is taken up, and goes on as such; another number of updates than is done is refused, and changes nothing"
+    args = dict(lr=1e-2, batch=2, save_every=2)
+    whole, first, rest = role(), role(), role()
+    losses = list(regression_pretrain(whole, pairs, 4, **args))
+    list(regression_pretrain(first, pairs, 2, folder=tmp_path/'run'/'step-2', **args))
+    again = list(regression_pretrain(rest, pairs, 4, folder=tmp_path/'run', **args))
+    assert torch.equal(torch.stack(again), torch.stack(losses[2:])) and all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters()))
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['step-2', 'step-4']
+    before = [p.clone() for p in first.parameters()]
+    with pytest.raises(ValueError, match='step-4 has done 4 iterations, 3 are asked for'): next(regression_pretrain(first, pairs, 3, folder=tmp_path/'run', **args))
+    assert all(torch.equal(a, b) for a, b in zip(before, first.parameters()))
+    assert not list(regression_pretrain(first, pairs, 4, folder=tmp_path/'run', **args))
+
+
+def test_what_is_no_pair(pairs, conds):
+    with pytest.raises(ValueError, match='pairs'): next(regression_pretrain(role(), conds, batch=2))
+    for k, v in dict(steps=0, batch=2.5, save_every=0, lr=float('nan'), clip=-1).items():
+        with pytest.raises(ValueError, match=k): next(regression_pretrain(role(), pairs, **dict(batch=2) | {k: v}))
+
+
+def test_no_clipping(pairs):
+    ends = []
+    for clip in (0, 1e9):
+        G = role()
+        list(regression_pretrain(G, pairs, 2, batch=2, clip=clip, lr=1e-3))
+        ends.append([p for p in G.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*ends)) and any(not torch.equal(a, b) for a, b in zip(ends[0], role().parameters()))

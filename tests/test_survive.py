@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd2_nb import checkpoint
-from dmd2_nb.checkpoint import load_folder, newest, read_tensors, save_folder, save_step, steps
+from dmd2_nb.system import atomic, checkpoint
+from dmd2_nb.system.checkpoint import load_folder, newest, save_folder, save_step, steps
+from dmd2_nb.system.tensors import read_tensors
 
 posix = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the runs are forked')
 both = pytest.mark.parametrize('job', ['distill', 'train_teacher'])
@@ -43,7 +44,7 @@ def test_kills_were_many_and_everywhere(seen):
     n = sum(len(t.get('codes', [0])) for job in ('distill', 'train_teacher') for _, t in kills(seen[job]))
     events = {t['event'] for t in seen['distill']['inside']}
     assert n >= 40
-    assert {'os.mkdir step-15.tmp', 'open state.json', 'fsync state.json', 'fsync step-15.tmp', 'os.rename step-15.tmp', 'fsync state', 'os.rename step-5'} <= events
+    assert {'os.mkdir .step-15.tmp', 'open state.json', 'fsync state.json', 'fsync .step-15.tmp', 'os.rename .step-15.tmp', 'fsync state', 'os.rename step-5'} <= events
     assert sum(e.startswith('half a file') for e in events) == 7 and any(e.endswith('step-5.gone') for e in events)
     assert len({a for t in seen['distill']['times'] for a in t['at']}) >= 3
 
@@ -84,15 +85,15 @@ def test_full_disk(seen):
 
 def test_to_the_disk_before_the_name(tmp_path, monkeypatch):
     "Every file and the folder are synced before the rename, the parent after it"
-    done, fsync, rename = [], checkpoint.fsync, Path.rename
-    monkeypatch.setattr(checkpoint, 'fsync', lambda p: (done.append(('fsync', Path(p).name)), fsync(p))[1])
+    done, fsync, rename = [], atomic.fsync, Path.rename
+    monkeypatch.setattr(atomic, 'fsync', lambda p: (done.append(('fsync', Path(p).name)), fsync(p))[1])
     monkeypatch.setattr(Path, 'rename', lambda p, q: (done.append(('rename', p.name, Path(q).name)), rename(p, q))[1])
     save_step(tmp_path, 7, lambda p: save_folder(p, dict(a=dict(w=torch.ones(2)), b=dict(w=torch.ones(2))), {}))
-    i = done.index(('rename', 'step-7.tmp', 'step-7'))
-    assert {('fsync', n) for n in ('a.safetensors', 'b.safetensors', 'state.json', 'step-7.tmp')} <= set(done[:i])
+    i = done.index(('rename', '.step-7.tmp', 'step-7'))
+    assert {('fsync', n) for n in ('a.safetensors', 'b.safetensors', 'state.json', '.step-7.tmp')} <= set(done[:i])
     assert done[i+1:] == [('fsync', tmp_path.name)]
     done.clear()
-    checkpoint.write_text(tmp_path/'x.json', '{}')
+    atomic.write_text(tmp_path/'x.json', '{}')
     assert len(done) == 2 and 'tmp' in done[0][1] and done[1] == ('fsync', tmp_path.name)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmd2_nb.checkpoint import load_folder, steps
+from dmd2_nb.system.checkpoint import load_folder, steps
 
 pytestmark = [pytest.mark.skipif(not Path('/proc/self/stat').exists() or not torch.distributed.is_available(), reason='processes are looked up in /proc'),
               pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1')]

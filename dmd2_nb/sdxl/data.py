@@ -7,41 +7,31 @@ __all__ = ['PromptFile', 'shuffled', 'LatentShards', 'as_cond', 'read_shard', 'w
            'vae_decode', 'encode_latents', 'LMDBLatents']
 
 # %% ../../nbs/33_sdxl.data.ipynb #e79d0a2c
-import json, math
+import json, math, random, warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_tensors, write_text
+from ..system.atomic import one_move, write_text
+from ..system.image_files import open_lmdb
+from ..system.tensors import check_finite, read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
+from ..system.plan import content_hash, fingerprint, identity, keep_plan, read_plan
+from ..system.texts import clean_prompt, read_prompts
 from .conditioning import SDXLCond, TextEncoders, encode_prompts, micro_ids
 
 # %% ../../nbs/33_sdxl.data.ipynb #630c80ff
 class PromptFile:
-    "Prompts, one a line, in an order that depends on seed and position only"
+    "Prompts in an order that depends on seed and position only"
     def __init__(self,
-        path, # UTF-8 text file, or a list of prompts
+        path, # File as `read_prompts` takes it (.txt, .csv, .jsonl ...), or a list of prompts
     ):
-        self.path = path if not isinstance(path, (list, tuple)) else 'the list'
-        self.prompts = [self.clean(i, l) for i,l in enumerate(path if isinstance(path, (list, tuple)) else self.lines(Path(path)), 1)]
+        given = isinstance(path, (list, tuple))
+        self.path = 'the list' if given else path
+        if given: self.prompts = [clean_prompt(p, f'the list, line {i}') for i,p in enumerate(path, 1)]
+        else: self.prompts = read_prompts(path)
         if not self.prompts: raise ValueError(f'{self.path} has no prompts')
-
-    def lines(self, path):
-        if not path.is_file(): raise FileNotFoundError(f'{path} is missing')
-        if path.suffix in ('.pkl', '.pickle', '.pt', '.bin'): raise ValueError(f'{path} is a pickle, which could execute anything: export its prompts to a text file, one a line')
-        raw = path.read_bytes().split(b'\n')
-        for i,l in enumerate(raw, 1):
-            try: l.decode('utf-8')
-            except UnicodeDecodeError as e: raise ValueError(f'{path}, line {i}: not UTF-8 (byte {l[e.start]:#x} at {e.start})') from None
-        lines = [l.decode('utf-8').removesuffix('\r') for l in raw]
-        return lines[:-1] if lines[-1]=='' else lines
-
-    def clean(self, i, l):
-        l = l.removeprefix('\ufeff') if i==1 else l
-        if not l.strip(): raise ValueError(f'{self.path}, line {i}: empty prompt')
-        if '\0' in l: raise ValueError(f'{self.path}, line {i}: not text')
-        return l.strip()
 
     def __len__(self): return len(self.prompts)
     def __getitem__(self, i): return self.prompts[i]
@@ -79,9 +69,10 @@ class LatentShards:
         self.folder = Path(folder)
         index = self.folder/'index.json'
         if not index.is_file(): raise FileNotFoundError(f'{index} is missing: encoding has not finished, or this is no folder of shards')
-        try: self.index = json.loads(index.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f'{index} is damaged ({e})') from None
-        self.sizes,self.cache = self.index['sizes'],{}
+        self.index,self.cache = read_plan(index),{}
+        self.sizes = self.index.get('sizes')
+        whole = isinstance(self.sizes, list) and self.sizes and all(type(s) is int and s>0 for s in self.sizes)
+        if not whole: raise ValueError(f'{index} is damaged: it does not say how many items each shard has')
         self.starts = [0]
         for s in self.sizes: self.starts.append(self.starts[-1]+s)
         missing = [f for f in map(self.file, range(len(self.sizes))) if not f.is_file()]
@@ -89,6 +80,19 @@ class LatentShards:
 
     def file(self, k): return self.folder/f'shard_{k:05d}.safetensors'
     def __len__(self): return self.starts[-1]
+    def content_hash(self):
+        "Hash of what the items were made from; of the files themselves where nothing says it"
+        if 'made' in self.index: return fingerprint(self.index)
+        return content_hash(self.folder, [self.file(k).name for k in range(len(self.sizes))])
+
+    def need(self, *kinds): # 'conditions', 'latents', 'lmdb' or 'pairs'; nothing known is taken as it is
+        "Refuse items of another kind: noise goes with pairs alone, and the GAN needs real pictures"
+        said = dict(conditions='texts alone', latents='real pictures', lmdb='real pictures', pairs="a teacher's samples for known noises")
+        kind = self.index.get('kind')
+        if kind is None or kind in kinds: return self
+        raise ValueError(f"{self.folder} holds {said.get(kind, kind)} (kind '{kind}'), "
+                         f"needed are {said[kinds[0]]} (kind '{kinds[0]}')")
+
     def shard(self, k): # `(tensors, prompts)`
         "One whole shard; the last few used stay in memory"
         if k not in self.cache:
@@ -127,6 +131,7 @@ def as_cond(d): # `SDXLCond`, or text vectors alone
     "A condition from a shard's tensors"
     return SDXLCond(d['text'], d['pooled'], d['time_ids']) if 'pooled' in d else d['text']
 
+# %% ../../nbs/33_sdxl.data.ipynb #a035decf
 def read_shard(path, size=None): # `(tensors, prompts)`
     "One shard, checked"
     tensors,meta = read_tensors(path)
@@ -142,32 +147,77 @@ def write_shards(
     n:int,         # Items in all
     make,          # `make(range) -> (tensors, prompts)` for a range of item numbers
     shard:int=256, # Items a file
-    facts:dict=None, # JSON-able; a folder begun with other facts is refused
+    facts:dict=None, # JSON-able: hashes and settings of what goes in; a folder begun with others is refused
     progress=None, # Wraps the iteration over shards
+    mark=None,     # `mark(item number) -> hash` of what an item is made from, kept with its shard
 )->LatentShards:
     "Write what isn't there yet"
     from safetensors.torch import save_file
-    if n<1: raise ValueError('nothing to encode')
+    if n<1: raise ValueError(f'{folder}: nothing to encode')
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     sizes = [min(shard, n-i) for i in range(0, n, shard)]
     plan = dict(sizes=sizes, **(facts or {}))
-    begun = folder/'plan.json'
-    if begun.is_file() and (was := json.loads(begun.read_text(encoding='utf-8')))!=plan:
-        differ = [k for k in plan if was.get(k)!=plan[k]]
-        raise ValueError(f'{folder} was begun with other settings ({", ".join(differ)}): take another folder')
-    write_text(begun, json.dumps(plan))
-    todo = [k for k in range(len(sizes)) if not (folder/f'shard_{k:05d}.safetensors').is_file()]
+    keep_plan(folder, plan, made='shard_*.safetensors')
+    path = lambda k: folder/f'shard_{k:05d}.safetensors'
+    done = [k for k in range(len(sizes)) if path(k).is_file()]
+    marks = _check_marks([(path(k), k*shard) for k in done], mark) if mark else []
+    todo = [k for k in range(len(sizes)) if k not in set(done)]
     for k in (progress(todo) if progress else todo):
-        tensors,prompts = make(range(k*shard, k*shard+sizes[k]))
-        path = folder/f'shard_{k:05d}.safetensors'
-        tmp = path.with_name(f'.{path.name}.tmp')
-        save_file({a: t.detach().cpu().contiguous() for a,t in tensors.items()}, tmp, metadata=dict(prompts=json.dumps(prompts)))
-        tmp.replace(path)
+        rows = range(k*shard, k*shard+sizes[k])
+        tensors,prompts = make(rows)
+        _check_rows(tensors, prompts, rows, folder)
+        out = {name: t.detach().cpu().contiguous() for name,t in tensors.items()}
+        if mark:
+            hashes = [mark(i) for i in rows]
+            marks.append((k*shard, hashes))
+            out['made_from'] = torch.tensor([list(bytes.fromhex(h)) for h in hashes], dtype=torch.uint8)
+        with one_move(path(k)) as tmp: save_file(out, tmp, metadata=dict(prompts=json.dumps(prompts)))
+    if facts: plan['made'] = fingerprint(sorted(marks), facts)
     write_text(folder/'index.json', json.dumps(plan))
     return LatentShards(folder)
 
-def _cond_tensors(c, dtype): return {n: t.to(dtype if n!='time_ids' else torch.float32) for n,t in (c._asdict() if isinstance(c, SDXLCond) else dict(text=c)).items()}
+# %% ../../nbs/33_sdxl.data.ipynb #c1f7a201
+def _check_rows(tensors, prompts, rows, folder):
+    "Only finite numbers become a shard; what is not is named by item and prompt"
+    try: return check_finite(tensors, folder)
+    except ValueError: pass
+    advice = ('half precision has overflowed, or the network is broken; work in float32, '
+              'or with an autoencoder that is mended for float16')
+    for k,i in enumerate(rows):
+        row = {name: t[k] for name,t in tensors.items()}
+        check_finite(row, f"{folder}, item {i} ('{prompts[k][:60]}')", advice)
+
+# %% ../../nbs/33_sdxl.data.ipynb #c1f7a202
+def _check_marks(shards, mark): # `[(file, number of its first item), ...]`; hash of an item's inputs
+    "Compare what shards were made from with what is there now; returns their hashes"
+    marks,items = [],[]
+    for file,start in shards:
+        said = read_tensors(file)[0].get('made_from')
+        if said is None:
+            raise ValueError(f'{file} does not say which pictures it was made from: take another folder')
+        hashes = [bytes(row).hex() for row in said.tolist()]
+        marks.append((start, hashes))
+        items += [(file, start+j, h) for j,h in enumerate(hashes)]
+    for file,i,was in _some(items, mark):
+        if mark(i)!=was:
+            raise ValueError(f'{file} was made from other pictures or prompts: item {i} differs; '
+                             'take another folder, or delete this one to encode it again')
+    return marks
+
+# %% ../../nbs/33_sdxl.data.ipynb #8c52e043
+def _some(items, mark, limit=256*2**20, drawn=64*2**20):
+    "All items up to 256 MB of pictures, of more a draw of 64 MB over all of them"
+    if not items: return []
+    mark(items[0][1])
+    each = max(1, mark.size)
+    if each*len(items)<=limit: return items
+    count = min(len(items), max(8, drawn//each))
+    return sorted(random.Random(len(items)).sample(items, count), key=lambda o: o[1])
+
+# %% ../../nbs/33_sdxl.data.ipynb #56d40ca6
+def _cond_tensors(c, dtype):
+    parts = c._asdict() if isinstance(c, SDXLCond) else dict(text=c)
+    return {n: t.to(torch.float32 if n=='time_ids' else dtype) for n,t in parts.items()}
 
 # %% ../../nbs/33_sdxl.data.ipynb #1cdd0a08
 def encode_conditions(
@@ -178,11 +228,16 @@ def encode_conditions(
     shard:int=256, size=1024, dtype=torch.float16, progress=None, # Rows of a file; side of the picture that the network is told; precision kept; wraps the iteration
 )->LatentShards: # Without latents: for the generator's stream
     "Prompt embeddings, once"
+    if isinstance(prompts, str):
+        raise ValueError(f'prompts must be a list of texts or a PromptFile, got one text: {prompts[:40]!r}')
+    texts = [prompts[i] for i in range(len(prompts))]
+    facts = dict(kind='conditions', size=size, dtype=str(dtype), prompts=fingerprint(texts), encoder=identity(enc))
     def make(r):
         parts = [_cond_tensors(encode_prompts(enc, [prompts[i] for i in r[j:j+batch]], size), dtype) for j in range(0, len(r), batch)]
         return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}, [prompts[i] for i in r]
-    return write_shards(folder, len(prompts), make, shard, dict(kind='conditions', size=size), progress)
+    return write_shards(folder, len(prompts), make, shard, facts, progress)
 
+# %% ../../nbs/33_sdxl.data.ipynb #c1f7a203
 @torch.no_grad()
 def vae_encode(
     vae,           # diffusers `AutoencoderKL`
@@ -194,28 +249,83 @@ def vae_encode(
     z = dist.mean if noise is None else dist.mean + dist.std*noise.to(dist.mean)
     return (z-(vae.config.shift_factor or 0))*vae.config.scaling_factor
 
+# %% ../../nbs/33_sdxl.data.ipynb #b36eee79
 @torch.no_grad()
 def vae_decode(vae, latents:Tensor)->Tensor: # Images in [-1, 1], (b, 3, h, w)
     "Latents to images"
     return vae.decode((latents/vae.config.scaling_factor+(vae.config.shift_factor or 0)).to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
 
 # %% ../../nbs/33_sdxl.data.ipynb #7223a89a
+class _Pictures:
+    "Pictures with their prompts, each hashed when it is looked at"
+    def __init__(self, images): self.images,self.size,self.lowest,self.last = images,0,math.inf,(None, None, None)
+
+    def __getitem__(self, i): # `(image, prompt)`
+        if self.last[0]!=i: self.last = (i, self.look(i), None)
+        return self.last[1]
+
+    def look(self, i):
+        im,prompt = self.images[i]
+        name = f"item {i} ('{str(prompt)[:60]}')"
+        floats = isinstance(im, Tensor) and im.is_floating_point()
+        if not floats or im.ndim!=3:
+            got = f'{im.dtype} {tuple(im.shape)}' if isinstance(im, Tensor) else type(im).__name__
+            raise ValueError(f'{name}: a picture is a float tensor (3, h, w) in [-1, 1], got {got}; '
+                             'images.to_float turns bytes into one')
+        check_finite(im, name)
+        low,high = im.aminmax()
+        if low<-1.01 or high>1.01:
+            raise ValueError(f'{name}: its values lie in {low:.3g} .. {high:.3g}, they must lie in -1 .. 1')
+        self.size,self.lowest = im.numel(),min(self.lowest, low.item())
+        return im, prompt
+
+    def __call__(self, i): # Hash of item i
+        im,prompt = self[i]
+        if self.last[2] is None: self.last = (i, self.last[1], fingerprint(im, prompt))
+        return self.last[2]
+
+# %% ../../nbs/33_sdxl.data.ipynb #c1f7a204
 def encode_latents(
     folder,               # Where the shards come to lie
     images,               # Sequence of `(image in [-1, 1] (3, h, w), prompt)`
     vae,                  # diffusers `AutoencoderKL`
     enc:TextEncoders,     # Tokenizers and encoders of the texts
-    shard:int=256, seed:int=0, size=1024, dtype=torch.float16, progress=None, # Rows of a file; names the draws of the VAE; side of the pictures; precision kept; wraps the iteration
+    shard:int=256,        # Rows of a file
+    seed:int=0,           # Names the draws of the VAE
+    size=1024,            # Side of the pictures that the network is told
+    dtype=torch.float16,  # Precision kept
+    progress=None,        # Wraps the iteration over shards
 )->LatentShards: # For the GAN's stream
     "Images and their prompts, once; each image's latent is sampled once, as in DMD2's data"
+    pictures,hashes = _Pictures(images),{}
     def make(r):
         xs,cs,prompts = [],[],[]
         for i in r:  # one by one: the bits must not depend on how items are batched
-            im,p = images[i]
-            noise = torch.randn(1, vae.config.latent_channels, *(s//8 for s in im.shape[1:]), generator=rng(seed, 78, i))
-            xs.append(vae_encode(vae, im[None], noise)); cs.append(_cond_tensors(encode_prompts(enc, [p], size), dtype)); prompts.append(p)
+            im,p = pictures[i]
+            hashes[i] = pictures(i)
+            shape = 1, vae.config.latent_channels, *(s//8 for s in im.shape[1:])
+            noise = torch.randn(shape, generator=rng(seed, 78, i))
+            xs.append(vae_encode(vae, im[None], noise))
+            cs.append(_cond_tensors(encode_prompts(enc, [p], size), dtype))
+            prompts.append(p)
         return dict(latents=torch.cat(xs).to(dtype)) | {n: torch.cat([c[n] for c in cs]) for n in cs[0]}, prompts
-    return write_shards(folder, len(images), make, shard, dict(kind='latents', seed=seed, size=size), progress)
+    facts = dict(kind='latents', seed=seed, size=size, dtype=str(dtype))
+    facts |= dict(encoder=identity(enc), vae=identity(vae))
+    if hasattr(images, 'prompts'): facts['prompts'] = fingerprint(list(images.prompts))
+    if hasattr(images, 'content_hash'): facts['pictures'] = images.content_hash()
+    mark = None if 'pictures' in facts else _Mark(pictures, hashes)
+    shards = write_shards(folder, len(images), make, shard, facts, progress, mark)
+    if 0<=pictures.lowest<math.inf:
+        warnings.warn(f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1')
+    return shards
+
+# %% ../../nbs/33_sdxl.data.ipynb #acf34ea4
+class _Mark:
+    "Hash of an item's picture and prompt: of one just encoded as it was then, else looked at again"
+    def __init__(self, pictures, known): self.pictures,self.known = pictures,known
+    def __call__(self, i): return self.known.pop(i) if i in self.known else self.pictures(i)
+    @property
+    def size(self): return self.pictures.size
 
 # %% ../../nbs/33_sdxl.data.ipynb #2fe63d04
 class LMDBLatents:
@@ -223,12 +333,7 @@ class LMDBLatents:
     def __init__(self,
         path, # Folder with data.mdb, or the file itself
     ):
-        try: import lmdb
-        except ImportError: raise ImportError('reading an LMDB needs the package lmdb: pip install lmdb') from None
-        self.path = Path(path)
-        if not self.path.exists(): raise FileNotFoundError(f'{self.path}: no such file or folder')
-        try: self.txn = lmdb.open(str(path), readonly=True, lock=False, readahead=False, subdir=self.path.is_dir()).begin(buffers=True)
-        except lmdb.Error as e: raise ValueError(f'{self.path}: not a readable LMDB ({e})') from None
+        self.path,self.txn = Path(path),open_lmdb(path)
         try: self.n,*self.shape = (int(o) for o in bytes(self.get('latents_shape')).decode().split())
         except ValueError: raise ValueError(f'{self.path}: latents_shape holds no numbers') from None
         if len(self.shape)!=3 or min(self.n, *self.shape)<1: raise ValueError(f'{self.path}: latents_shape must be (n, 4, h, w), got {(self.n, *self.shape)}')
@@ -250,4 +355,6 @@ class LMDBLatents:
             rows = [self[i] for i in r]
             cs = [_cond_tensors(encode_prompts(enc, [p], size), dtype) for _,p in rows]
             return dict(latents=torch.stack([x for x,_ in rows])) | {n: torch.cat([c[n] for c in cs]) for n in cs[0]}, [p for _,p in rows]
-        return write_shards(folder, len(self), make, shard, dict(kind='lmdb', size=size), progress)
+        facts = dict(kind='lmdb', size=size, dtype=str(dtype))
+        facts |= dict(lmdb=content_hash(self.path), encoder=identity(enc))
+        return write_shards(folder, len(self), make, shard, facts, progress)

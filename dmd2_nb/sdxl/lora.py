@@ -13,6 +13,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..layers.lora import adapter_facts
+from ..system.tensors import check_fit
 from .adapter import CondUNet
 
 # %% ../../nbs/32a_sdxl.lora.ipynb #4aaecda1
@@ -155,6 +157,10 @@ class AdapterNet(CondUNet):
         try: return getattr(CondUNet, kind)(self, x, t, cond)
         finally: self.base.active = was
 
+    def facts(self)->dict: # JSON-able
+        "What a checkpoint has to know besides the matrices: rank, alpha, targets, a hash of the base"
+        return adapter_facts(self.rank, self.alpha, self.base.targets, self.unet)
+
     @torch.no_grad()
     def tensors(self)->dict: # Layer name -> `(A, B)`, views of the parameters
         "The adapter's matrices by layer"
@@ -167,11 +173,8 @@ class AdapterNet(CondUNet):
     ):
         "Fill the adapter; layers and shapes must fit"
         mine = self.tensors()
-        few = lambda ks: ', '.join(ks[:3]) + (f' and {len(ks)-3} more' if len(ks)>3 else '')
-        bad = dict(missing=[n for n in mine if n not in tensors], unknown=[n for n in tensors if n not in mine],
-                   misshapen=[f'{n} {tuple(tensors[n][0].shape)} instead of {tuple(a.shape)}' for n,(a,b) in mine.items()
-                              if n in tensors and (tensors[n][0].shape!=a.shape or tensors[n][1].shape!=b.shape)])
-        if any(bad.values()): raise ValueError(f'{source} does not fit this U-Net: ' + '; '.join(f'{len(ks)} {k} ({few(ks)})' for k,ks in bad.items() if ks))
+        names = lambda pairs: {f'{n}.{x}': v for n,ab in pairs.items() for x,v in zip('AB', ab)}
+        check_fit(names(mine), names(tensors), source, ' this U-Net')
         for n,(a,b) in mine.items(): a.copy_(tensors[n][0]); b.copy_(tensors[n][1])
         return self
 

@@ -17,7 +17,8 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from ..checkpoint import load_into, read_tensors, save_folder
+from ..system.checkpoint import save_folder
+from ..system.tensors import load_into, read_tensors
 from ..core import EMA, compute_dtype, cond_cat, cond_index, cond_len, cond_map, rng
 from ..denoiser import Guided, dsm_loss
 from ..distill import trainable

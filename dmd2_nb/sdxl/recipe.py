@@ -13,14 +13,16 @@ import warnings
 import torch
 from torch import nn, Tensor
 
-from ..checkpoint import newest
-from ..core import cond_index, cond_len, cond_map, rng
+from ..system.checkpoint import load_last, save_last
+from ..core import check_number, cond_index, cond_len, cond_map, stream_seed
 from ..distill import DMD2, DMD2Config
-from ..sampling import few_step_states
+from ..parallel import each_rank
+from ..sampling import few_step_batches
 from ..train import load_state, save_state, train
 from .adapter import few_step_timesteps, sdxl_sigmas
 from .conditioning import zero_uncond
 from .data import LatentShards, vae_decode
+from .pretrain import check_steps, regression_pretrain  # the second is handed on: here it is looked for
 from .roles import AnySideHead, Roles, head_side, spend_gradients
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #2b63b3a7
@@ -91,16 +93,21 @@ def distill_sdxl(
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
     "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
-    if folder and newest(folder): load(dmd, folder)
+    steps,save_every = check_number('steps', steps, 0, whole=True),check_number('save_every', save_every, 1, whole=True)
     if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
-    n,seed,at = dmd.cfg.batch,dmd.cfg.seed,dmd.step
-    conds = prompts.batches(n, seed, at, dmd.device)
+    check_steps(steps, folder, dmd.step)
+    if folder: load_last(folder, lambda p: load(dmd, p), agree=lambda found: each_rank(found)[0])
+    n,seed,at,world = dmd.cfg.batch,dmd.cfg.seed,dmd.step,getattr(dmd, 'world', None)
+    conds = prompts.batches(n, stream_seed(seed, 'conds'), at, dmd.device)
     if prompts.index['kind']!='conditions': conds = (c for _,c in conds)
-    reals = images.batches(n, seed+1, at, dmd.device) if images is not None else None
-    if (w := getattr(dmd, 'world', None)): conds,reals = ((cond_index(o, w.rows(n//w.size)) for o in s) if s is not None else None for s in (conds, reals))
+    reals = images.batches(n, stream_seed(seed, 'reals'), at, dmd.device) if images is not None else None
+    if world:
+        rows = world.rows(n//world.size)
+        conds,reals = ((cond_index(o, rows) for o in s) if s is not None else None for s in (conds, reals))
     for log in train(dmd, conds, steps-at, reals):
         yield log
-        if folder and (dmd.step%save_every==0 or dmd.step==steps): save(dmd, folder)
+        if folder and (dmd.step%save_every==0 or dmd.step==steps):
+            save_last(folder, dmd.step, lambda p: save(dmd, p), 2*getattr(world, 'main', True))
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #649acfdb
 @torch.no_grad()
@@ -115,16 +122,8 @@ def generate(
 )->Tensor: # Images in [-1, 1], or latents, on the CPU
     "Few-step samples"
     sigmas = sdxl_sigmas(few_step_timesteps(4) if timesteps is None else timesteps)
-    out = []
-    for i in range(0, cond_len(cond), batch):
-        c = cond_index(cond, slice(i, i+batch))
-        if device: c = cond_map(lambda t: t.to(device), c)
-        rows = range(i, i+cond_len(c))
-        noise = lambda *key: torch.stack([torch.randn(G.shape, generator=rng(seed, j, *key)) for j in rows]).to(_device(c))
-        for x,sigma in few_step_states(G, noise(0), sigmas, c, noises=(noise(k) for k in range(1, len(sigmas)))): pass
-        x = G(x, sigma, c)
-        out.append((vae_decode(vae, x) if vae is not None else x).cpu())
-    return torch.cat(out)
+    parts = few_step_batches(G, sigmas, G.shape, cond_len(cond), cond, seed=seed, batch=batch, device=device or _device(cond))
+    return torch.cat([(vae_decode(vae, x) if vae is not None else x).cpu() for x in parts])
 
 def _device(c):
     found = []
