@@ -75,6 +75,7 @@ def draw(
         out.append(to_uint8(sampler(z[rows].to(device), cond_to(cond_index(conds, rows), device), rng(seed, 78, i, device=device))).cpu())
     return torch.cat(out)
 
+# %% ../nbs/25b_evaluate.ipynb #fbb6df01
 def teacher_sampler(
     D,             # Teacher
     steps:int=32,  # Heun steps, 2*steps-1 evaluations

@@ -7,7 +7,6 @@ __all__ = ['CsvLog', 'read_log', 'floats', 'Means']
 
 # %% ../nbs/19a_logs.ipynb #455520b4
 import csv, errno, hashlib, os, warnings
-from itertools import count
 from pathlib import Path
 
 import torch
