@@ -122,8 +122,11 @@ class DMD2:
         runner=None,         # How a turn is run; `PlainRunner()` when absent
     ):
         self.cfg,self.G,self.fake,self.pairs,self.rate = cfg,G,fake,pairs,rate
-        self.draws,self.world,self.runner = draws or Draws(),world or OneProcess(),runner or PlainRunner()
-        self.shape = tuple(shape or getattr(G, 'shape', None) or getattr(teacher, 'shape', None) or ())
+        self.draws = draws or Draws()
+        self.world = world or OneProcess()
+        self.runner = runner or PlainRunner()
+        shape = shape or getattr(G, 'shape', None) or getattr(teacher, 'shape', None)
+        self.shape = tuple(shape or ())
         if not self.shape: raise ValueError('shape of a sample is unknown: pass shape=(c, h, w)')
         if cfg.w_reg and pairs is None: raise ValueError('w_reg needs teacher pairs')
         for m in (teacher, G, fake):
@@ -165,7 +168,8 @@ class DMD2:
         p = next(fake.parameters())
         if p.is_meta:  # a network without memory is asked for the size of its features there
             fake,probe = deepcopy(fake).to('meta'),cond_map(lambda t: t.to('meta'), probe)
-        x,sigma = torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype),torch.ones(1, device=p.device)
+        x = torch.zeros(1, *self.shape, device=p.device, dtype=p.dtype)
+        sigma = torch.ones(1, device=p.device)
         shape = tuple(fake.encode(x, sigma, probe).shape[1:])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.cfg.seed)
@@ -210,10 +214,10 @@ class DMD2:
         try: yield self
         finally: self.step = now
 
-    # -- hooks: tensors in, tensors out, no decision by their values, so that a graph can hold them --
+    # -- hooks: no decision by the values of tensors, so that a graph can hold them --
     def view(self, x, n, stream):
-        "What the discriminator sees of samples, before noise: augmentation goes here. Draw with `uniform(stream+i, n, ...)`, i below 10"
-        return x
+        "What the discriminator sees of samples before noise, say an augmentation of them"
+        return x  # another view draws with `self.uniform(stream+i, n, ...)`, i below 10
     def guide(self, noisy, sigma, cond):
         "What the matching loss leads to: the teacher's answer"
         return self.teacher(noisy, sigma, cond)
@@ -237,12 +241,13 @@ class DMD2:
         "The generator's input `(x, sigma)`, from backward simulation or from real data"
         n,k = (cond_len(cond) or self.batch),self.k
         if self.from_real():
-            if real is None: raise ValueError(f"rollout '{self.cfg.rollout}' needs real batches: pass reals to train")
+            if real is None:
+                raise ValueError(f"rollout '{self.cfg.rollout}' needs real batches: pass reals to train")
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
             return add_noise(x, sigma, self.randn(2, len(x))), sigma
-        noises = (self.randn(20+i, n) for i in range(k))
-        with self.cast(): return simulate(self.G, self.randn(2, n), self.sigmas, k, cond, noises=noises)
+        z,noises = self.randn(2, n),(self.randn(20+i, n) for i in range(k))
+        with self.cast(): return simulate(self.G, z, self.sigmas, k, cond, noises=noises)
 
     def generate(self, cond=None, real=None):
         "Samples for an iteration that is the critic's alone"
@@ -289,7 +294,7 @@ class DMD2:
         key = 'generator', self.k, self.from_real(), self.gan_on
         scale = self.scaler_g.get_scale()
         x,log = self.runner(self, key, self._generator, cond, real if self.from_real() else None)
-        if self.scaler_g.get_scale()<scale: return x, log  # float16 overflowed: nothing was learnt, nothing is counted
+        if self.scaler_g.get_scale()<scale: return x, log  # float16 overflowed: nothing is counted
         self.g_updates += 1
         if self.cfg.gan and self.g_updates==self.cfg.gan_start:
             self.warm_until = self.step+1+self.cfg.warmup_fake  # a new head warms up first
@@ -301,7 +306,8 @@ class DMD2:
         log = self.world.join(logs, xs[0].numel())
         scale = self.scaler_g.get_scale()
         log['norm_g'] = self._update(self.opt_g, self.scaler_g)
-        if self.scaler_g.get_scale()>=scale: self.ema.update(self.G)  # a step that was skipped moves no average
+        skipped = self.scaler_g.get_scale()<scale
+        if not skipped: self.ema.update(self.G)
         return torch.cat(xs), {k: v.detach() for k,v in log.items()}
 
     def _generator_grads(self, cond, real):
@@ -321,14 +327,16 @@ class DMD2:
                 self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
         log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
         if len(grads)==2:
-            log['grad_cos'] = torch.cosine_similarity(grads['dm'].flatten(), grads['gan'].flatten(), 0)
+            dm,gan = (g.flatten() for g in grads.values())
+            log['grad_cos'] = torch.cosine_similarity(dm, gan, 0)
         return x.detach(), log
 
     # -- the critic's turn --
     def fake_step(self, x:Tensor, cond=None, real=None): # log
         "The critic's turn: denoise the samples, and tell them from a real batch `(x, cond)`"
         if self.gan_on and self.cfg.gan_d and real is None:
-            raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+            raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: '
+                             'pass reals to train')
         self._ramp(self.opt_fake)
         key = 'critic', self.gan_on
         log = self.runner(self, key, self._critic, x.detach(), cond, real if self.gan_on else None)
@@ -348,16 +356,19 @@ class DMD2:
         if c.w_fake:
             sigma,noise = self.sigma(9, len(x), c.fake_bins),self.randn(10, len(x))
             with self.world.syncs(self.fake, last=not gan):
-                with self.cast(): log['fake_loss'] = fake_score_loss(self.fake, x, sigma, cond, noise)
+                with self.cast(): loss = fake_score_loss(self.fake, x, sigma, cond, noise)
+                log['fake_loss'] = loss
                 self.scaler_fake.scale(c.w_fake*log['fake_loss']).backward()
         if gan:  # one pass, each sample with its own level and noise
-            both,conds,parts = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond),(len(real[0]), len(x))
+            both,conds = torch.cat((real[0].to(x), x)),cond_cat(real[1], cond)
+            parts = len(real[0]),len(x)
             sigma = self.sigma(11, parts, c.gan_bins)
             noisy = add_noise(self.view(both, parts, 110), sigma, self.randn(12, parts))
             with self.world.syncs(self.fake, self.head):
                 with self.cast(): logits = self.head(self.fake.encode(noisy, sigma, conds))
                 d_real,d_fake = logits.split(parts)
-                log |= dict(gan_d_loss=gan_d_loss(d_real, d_fake), d_real=d_real.mean(), d_fake=d_fake.mean())
+                log['gan_d_loss'] = gan_d_loss(d_real, d_fake)
+                log |= dict(d_real=d_real.mean(), d_fake=d_fake.mean())
                 self.scaler_fake.scale(c.gan_d*log['gan_d_loss']).backward()
         return log
 
@@ -371,9 +382,9 @@ class DMD2:
             else: g['lr'] = g['base_lr']*ramp
 
     def _update(self, opt, scaler):
-        "Average over all pieces and processes, unscale, clip, step; the gradient norm before clipping, 0 where no term gave a gradient"
+        "Average over pieces and processes, unscale, clip, step; the gradient norm before clipping"
         learning = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
-        if not learning: return torch.zeros((), device=self.device)
+        if not learning: return torch.zeros((), device=self.device)  # no term gave a gradient
         self.world.meet(learning)
         scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_(learning, self.cfg.clip or inf)

@@ -16,16 +16,18 @@ from .parts import PlainRunner
 
 # %% ../nbs/14c_graphs.ipynb #fc4f597f
 class CudaGraph:
-    "A function of tensors that runs eagerly a few times, is then captured, and replayed from there on"
+    "A function of tensors: called eagerly a few times, then captured, and replayed from there on"
     def __init__(self,
         fn,            # `fn(*trees of tensors) -> tree of tensors`, always of the same shapes
         warmup:int=3,  # Eager calls before the capture; they count as calls
         pool=None,     # Memory pool shared with other graphs that never run at the same time
         stream=None,   # Stream of eager calls and of the capture; runs side by side on one card need one each
     ):
-        self.fn,self.warmup,self.pool,self.stream,self.calls,self.graph = fn,warmup,pool,stream,0,None
+        self.fn,self.warmup,self.pool,self.stream = fn,warmup,pool,stream
+        self.calls,self.graph = 0,None
 
-    sides = {} # The stream of eager calls where none is given, one a device: what it frees serves the next of them
+    # The stream of eager calls where none is given, one a device: what it frees serves the next
+    sides = {}
 
     @property
     def warm(self): return self.calls>=self.warmup
@@ -55,23 +57,27 @@ class CudaGraph:
         "Record a call; other threads, such as NCCL's, may go on meanwhile"
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=self.pool, stream=self.stream, capture_error_mode='thread_local'):
+        place = dict(pool=self.pool, stream=self.stream)
+        with torch.cuda.graph(self.graph, **place, capture_error_mode='thread_local'):
             self.outputs = self.fn(*self.inputs)
 
 # %% ../nbs/14c_graphs.ipynb #b8fb8736
 class GraphRunner(PlainRunner):
-    "Each kind of turn runs a few times as written, is recorded as a CUDA graph, and replayed from then on"
+    "Each kind of turn runs a few times as written, then replays as a CUDA graph"
     capturable = True
     def __init__(self):
-        self.turns = {}   # recordings by kind of turn and shapes, each with the places its draws are read from
+        self.turns = {}   # recordings, each with the places of its draws, by kind of turn and shapes
         self.now = None   # the one that runs
         self.pool = self.stream = None
 
     def start(self, dmd):
         "The run's own memory and stream, so that several runs can share a card"
-        if dmd.device.type!='cuda': raise ValueError(f'CUDA graphs need a CUDA device, the generator is on {dmd.device}')
-        if dmd.scaler_g.is_enabled(): raise ValueError('CUDA graphs need bfloat16 or float32: loss scaling decides in Python')
-        if dmd.world.mode!='ddp': raise ValueError("CUDA graphs need whole networks in each process: use mode 'ddp'")
+        if dmd.device.type!='cuda':
+            raise ValueError(f'CUDA graphs need a CUDA device, the generator is on {dmd.device}')
+        if dmd.scaler_g.is_enabled():
+            raise ValueError('CUDA graphs need bfloat16 or float32: loss scaling decides in Python')
+        if dmd.world.mode!='ddp':
+            raise ValueError("CUDA graphs need whole networks in each process: use mode 'ddp'")
         self.pool,self.stream = torch.cuda.graph_pool_handle(),torch.cuda.Stream()
         for o in (dmd.opt_g, dmd.opt_fake):
             for g in o.param_groups: g['lr'] = torch.tensor(float(g['lr']), device=dmd.device)
@@ -81,7 +87,7 @@ class GraphRunner(PlainRunner):
         return CudaGraph(fn, pool=self.pool, stream=self.stream)
 
     def draw(self, dmd, kind, *args):
-        "Draws go into fixed places: filled by the turn itself while it warms up, before it from then on"
+        "From a fixed place: the turn fills it while it warms up, and it is filled before later turns"
         if self.now is None: return super().draw(dmd, kind, *args)
         graph,places = self.now
         name = kind, args, dmd.world.piece
@@ -92,7 +98,8 @@ class GraphRunner(PlainRunner):
         shapes = []
         cond_map(lambda t: shapes.append((tuple(t.shape), t.dtype)) or t, trees)
         key = key, tuple(shapes)
-        if key not in self.turns: self.turns[key] = self.record(partial(self._spent, dmd, fn)),{}
+        if key not in self.turns:
+            self.turns[key] = self.record(partial(self._spent, dmd, fn)),{}
         graph,places = self.turns[key]
         if graph.warm:
             for (kind,args,piece),place in places.items():

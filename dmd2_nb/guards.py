@@ -101,9 +101,7 @@ class Guard:
     def level(self, step):
         "The generator's step that was trained in the iteration that ended at `step`"
         if len(self.dmd.cfg.levels)==1: return 0
-        now,self.dmd.step = self.dmd.step,step-1
-        try: return self.dmd.k
-        finally: self.dmd.step = now
+        with self.dmd.at(step-1): return self.dmd.k
 
     def collect(self):
         "Numbers of the iterations since the last look: one transfer"

@@ -35,7 +35,8 @@ class Draws:
     def pair_rows(self, dmd, stream, n):
         "Which teacher pairs, (n,)"
         size,g = (dmd.world.whole(n),),self.rng(dmd, stream)
-        return dmd.world.mine(torch.randint(len(dmd.pairs), size, generator=g, device=dmd.device), n)
+        drawn = torch.randint(len(dmd.pairs), size, generator=g, device=dmd.device)
+        return dmd.world.mine(drawn, n)
 
 # %% ../nbs/13c_parts.ipynb #8e21f9b4
 class OneProcess:

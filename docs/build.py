@@ -11,7 +11,7 @@ root = Path(__file__).resolve().parent.parent
 project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']
 repository = project['urls']['Repository']
 colab = repository.replace('https://github.com', 'https://colab.research.google.com/github')
-sections = {'0': 'Ground', '1': 'The method', '2': 'Images', '3': 'SDXL, many GPUs', '4': 'Practice', '9': 'Practice'}
+sections = {'0': 'Ground', '1': 'The method', '2': 'Images', '3': 'SDXL, many GPUs', '4': 'Practice', '5': 'Files', '9': 'Practice'}
 
 
 def notebooks(): return sorted(p for p in (root/'nbs').glob('*.ipynb') if not p.name.startswith('.'))

@@ -1,5 +1,5 @@
 "Which run goes on: the newest unfinished one of the same settings, images and weights; what is not whole is named, and comes back where it can"
-import json, os, stat
+import os, stat
 from dataclasses import replace
 
 import numpy as np
@@ -120,7 +120,6 @@ def test_settings_that_are_no_part_of_it(here, tell, monkeypatch):
 def test_more_iterations_go_on(job, here, tell, monkeypatch):
     "A run of 9, asked for 12 while unfinished, ends in the bits of one that had 12 from the start"
     line, _, first, file, option = jobs_of[job]
-    line = line if job == 'distill' else line.replace('--data', '--out ../x --data').replace('--out ../x ', '')
     r = recipes.RECIPES['fashion16']
     monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, teacher=r.teacher | dict(decay=0.)))
     stopped(monkeypatch, tell, line)
@@ -257,20 +256,30 @@ broken = dict(cut=lambda b: b[:len(b)//2], empty=lambda b: b'', braces=lambda b:
               bit=lambda b: b.replace(b'"ttur": 3', b'"ttur": 2').replace(b'"seed": 0', b'"seed": 1'), binary=lambda b: b'\xff\xfe\x00'+b, gone=None)
 
 
-@pytest.mark.parametrize('how', broken)
 @both
-def test_config_comes_back_from_the_checkpoint(job, how, here, tell, monkeypatch):
-    "Whatever happened to config.json, the run goes on with a line that names it"
+def test_config_comes_back_from_the_checkpoint(job, here, tell, monkeypatch):
+    "Whatever happened to config.json, the run is taken up with a line that names it, and ends as usual"
     line, _, first, *_ = jobs_of[job]
     stopped(monkeypatch, tell, line)
     file = here/'runs'/first/'config.json'
-    whole = file.read_bytes()
-    if broken[how]: file.write_bytes(broken[how](whole))
-    else: file.unlink()
-    assert not file.exists() or file.read_bytes() != whole
-    code, said = tell(line + (f' --name {first}' if how in ('cut', 'gone') else ''))
-    assert code == 0 and f'runs/{first}/config.json is ' in said and f'restored from runs/{first}/state/step-3' in said
-    assert f'runs/{first}: goes on at' in said and file.read_bytes() == whole and len(list((here/'runs').iterdir())) == 1
+    whole, config = file.read_bytes(), run_config(here/'runs'/first)
+    own = {k: v for k, v in config.items() if k not in runs.OUTSIDE}
+    def damage(how):
+        if broken[how]: file.write_bytes(broken[how](whole))
+        else: file.unlink()
+        assert not file.exists() or file.read_bytes() != whole, how
+    for how in broken:
+        for name in (None, first):
+            damage(how)
+            said = []
+            run = claim_run('runs', own, first[:-2], name, iters=config['iters'], paths=config['paths'], say=said.append)
+            run.close()
+            assert run.resumed and run.name == first and file.read_bytes() == whole, how
+            assert f'runs/{first}/config.json is ' in said[0] and f'restored from runs/{first}/state/step-3' in said[0] and len(said[0]) < 600, said
+    damage('braces')
+    code, said = tell(line)
+    assert code == 0 and f'restored from runs/{first}/state/step-3' in said and f'runs/{first}: goes on at' in said
+    assert file.read_bytes() == whole and len(list((here/'runs').iterdir())) == 1
 
 
 def test_config_that_cannot_come_back_is_named(here, tell, monkeypatch):
@@ -285,26 +294,36 @@ def test_config_that_cannot_come_back_is_named(here, tell, monkeypatch):
     assert tell(f'{distil} --name fashion16-1 --overwrite')[0] == 0
 
 
-logs = dict(emptied=b'', garbage=os.urandom(300), zeros=bytes(200), other=b'a,b\n1,2\n', short=None, digit=None)
+logs = dict(emptied=lambda b: b'', garbage=lambda b: bytes(range(256)), zeros=lambda b: bytes(200), other=lambda b: b'a,b\n1,2\n', short=lambda b: b[:b.index(b'6,')],
+            digit=lambda b: b.replace(b'0.25', b'0.35'), heading=lambda b: b.partition(b'\n')[0], folder=None)
 
 
 @pytest.mark.parametrize('how', logs)
-@both
-def test_log_that_is_not_whole_is_put_aside(job, how, here, tell, monkeypatch):
+def test_log_that_is_not_whole_is_put_aside(how, tmp_path):
     "Emptied, overwritten, cut, or one digit changed: it gets another name, and a line says so"
+    columns, file, said = ('step', 'seconds', 'loss'), tmp_path/'log.csv', []
+    log = CsvLog(file, columns)
+    for i in (3, 6): log.add(dict(step=i, seconds=i*1.1, loss=i/12))
+    mark = log.mark()
+    data = logs[how] and logs[how](file.read_bytes())
+    if data is None: file.unlink(); file.mkdir()
+    else: assert data != file.read_bytes(); file.write_bytes(data)
+    again = CsvLog(file, columns, 6, mark, said.append)
+    assert len(said) == 1 and str(file) in said[0] and 'put aside as log-damaged.csv' in said[0] and len(said[0]) < 600
+    assert data is None or (tmp_path/'log-damaged.csv').read_bytes() == data
+    again.add(dict(step=9, loss=1.))
+    assert [r['step'] for r in read_log(file)] == dict(short=[3, 9], digit=[3, 6, 9]).get(how, [9])
+
+
+@both
+def test_log_is_put_aside_when_a_run_goes_on(job, here, tell, monkeypatch):
     line, _, first, *_ = jobs_of[job]
     stopped(monkeypatch, tell, line, at=8)
     file = here/'runs'/first/'log.csv'
-    lines = file.read_text().splitlines(True)
-    data = logs[how]
-    if how == 'short': data = ''.join(lines[:2]).encode()
-    if how == 'digit': data = ''.join([lines[0], lines[1].rstrip('\n')[:-1]+('1' if lines[1].rstrip('\n')[-1] != '1' else '2')+'\n', *lines[2:]]).encode() if job == 'train_teacher' else \
-        ''.join(lines).replace(lines[1].split(',')[3], '123', 1).encode()
-    file.write_bytes(data)
+    file.write_text('')
     code, said = tell(line)
-    assert code == 0 and f'runs/{first}/log.csv' in said and 'put aside as log-damaged.csv' in said
-    assert (here/'runs'/first/'log-damaged.csv').read_bytes() == data
-    assert [r['step'] for r in read_log(file)][-1] == 9
+    assert code == 0 and f'runs/{first}/log.csv holds 0 rows up to step 6, not the 2 that were written: put aside as log-damaged.csv' in said
+    assert [r['step'] for r in read_log(file)] == [9]
 
 
 def test_log_that_is_gone_is_named(here, tell, monkeypatch):

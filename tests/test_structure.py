@@ -28,7 +28,7 @@ floors = {
     -3: 'system.image_names',
     -4: 'system.tensors',
     -5: 'system.torch_files',
-    -6: 'system.atomic system.zips system.safe_pickle assets',
+    -6: 'system.atomic system.zips system.safe_pickle assets system.lmdb_pages',
 }
 floor_of = {m: f for f, ms in floors.items() for m in ms.split()}
 handed_on = {'image_files': 'system.image_files'}  # names promised at the root whose body lives in a wing

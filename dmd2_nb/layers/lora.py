@@ -257,6 +257,8 @@ def check_facts(
     source,      # The checkpoint, for the message
 ):
     "Refuse the checkpoint of another adapter or of one on another base, naming what differs"
+    if not isinstance(theirs, dict):
+        raise ValueError(f'{source}: what it says of its adapter is damaged')
     told = [f'{k} {_brief(theirs[k])} instead of {_brief(v)}' for k,v in mine.items()
             if k in theirs and theirs[k]!=v]
     if told: raise ValueError(f'{source} was saved with another adapter or base: {"; ".join(told)}')

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..system.atomic import one_move, write_text
-from ..system.image_files import open_lmdb
+from ..system.lmdb_pages import LMDB
 from ..system.tensors import check_finite, read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
 from ..system.plan import content_hash, fingerprint, identity, keep_plan, read_plan
@@ -329,17 +329,17 @@ class _Mark:
 
 # %% ../../nbs/33_sdxl.data.ipynb #2fe63d04
 class LMDBLatents:
-    "DMD2's LMDB of latents and prompts (`pip install dmd2_nb[lmdb]`)"
+    "DMD2's LMDB of latents and prompts"
     def __init__(self,
         path, # Folder with data.mdb, or the file itself
     ):
-        self.path,self.txn = Path(path),open_lmdb(path)
+        self.path,self.table = Path(path),LMDB(path)
         try: self.n,*self.shape = (int(o) for o in bytes(self.get('latents_shape')).decode().split())
         except ValueError: raise ValueError(f'{self.path}: latents_shape holds no numbers') from None
         if len(self.shape)!=3 or min(self.n, *self.shape)<1: raise ValueError(f'{self.path}: latents_shape must be (n, 4, h, w), got {(self.n, *self.shape)}')
 
     def get(self, key):
-        raw = self.txn.get(key.encode())
+        raw = self.table.get(key.encode())
         if raw is None: raise ValueError(f'{self.path}: {key} is missing')
         return raw
     def __len__(self): return self.n

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FORMATS', 'TURNS', 'MAX_ENTRY', 'MAX_JSON', 'WNID', 'open_image', 'image_tensor', 'ImageFiles',
-           'folder_images', 'file_bytes', 'usable', 'safe_name', 'ImageZip', 'open_lmdb', 'ImageLMDB', 'center_crop',
-           'center_patch', 'prepare']
+           'folder_images', 'file_bytes', 'usable', 'safe_name', 'ImageZip', 'ImageLMDB', 'center_crop', 'center_patch',
+           'prepare']
 
 # %% ../../nbs/54_system.image_files.ipynb #1ef7a582
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from threading import Lock
-from weakref import WeakValueDictionary
 import io, json, os, re, warnings, zipfile
 
 import numpy as np
@@ -23,6 +21,7 @@ from .atomic import one_move
 from .image_labels import check_labels, read_dataset
 from .image_names import (EXTENSIONS, left_out,
     list_images, listed_images, one_line, tell)
+from .lmdb_pages import LMDB
 from .zips import checked_zip
 
 # %% ../../nbs/54_system.image_files.ipynb #e9828719
@@ -188,41 +187,15 @@ class ImageZip(ImageFiles):
         found = listed_images([safe_name(o.filename, path) for o in z.zip.infolist()], path)
         return found,lambda name: z.read(name, MAX_JSON if name=='dataset.json' else MAX_ENTRY)
 
-# %% ../../nbs/54_system.image_files.ipynb #783a4327
-_environments = WeakValueDictionary() # LMDB opens a file once in a process
-_opening = Lock()
-
-def open_lmdb(
-    path, # Folder with data.mdb, or the file itself
-): # A read-only transaction, which gives bytes by key
-    "Open an LMDB; as often as one likes in one process"
-    try: import lmdb
-    except ImportError:
-        raise ImportError('reading an LMDB needs the package lmdb: pip install lmdb') from None
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file or folder')
-    file = path/'data.mdb' if path.is_dir() else path
-    if not file.is_file(): raise ValueError(f'{path}: not a readable LMDB (no data.mdb in it)')
-    o = file.stat()
-    with _opening:
-        env = _environments.get((o.st_dev, o.st_ino))
-        try:
-            if env is None:
-                env = lmdb.open(str(file), readonly=True, lock=False, readahead=False, subdir=False)
-            txn = env.begin(buffers=True)
-        except lmdb.Error as e: raise ValueError(f'{path}: not a readable LMDB ({e})') from None
-        _environments[o.st_dev, o.st_ino] = env
-    return txn
-
 # %% ../../nbs/54_system.image_files.ipynb #9ce3ccd5
 class ImageLMDB(ImageFiles):
-    "DMD2's LMDB layout (`pip install dmd2_nb[lmdb]`)"
+    "DMD2's LMDB layout"
     def __init__(self,
         path,         # Folder with data.mdb, or the file itself
         classes=None, # Number of classes, to check labels against
     ):
         self.path,self.pool,self.class_names = Path(path),None,()
-        self.txn = open_lmdb(path)
+        self.table = LMDB(path)
         (n,*shape),(m,*rest) = self.shape_of('images'),self.shape_of('labels')
         if len(shape)!=3 or shape[0] not in (1,3):
             raise ValueError(f'{path}: images_shape must be (n, 1 or 3, h, w), got {(n,*shape)}')
@@ -234,7 +207,7 @@ class ImageLMDB(ImageFiles):
         self.label_dim = check_labels(self.labels, classes, path)
 
     def shape_of(self, what):
-        raw = self.txn.get(f'{what}_shape'.encode())
+        raw = self.table.get(f'{what}_shape'.encode())
         try: shape = tuple(int(o) for o in bytes(raw).decode().split())
         except (TypeError, ValueError):
             has = None if raw is None else bytes(raw)[:40]
@@ -242,7 +215,7 @@ class ImageLMDB(ImageFiles):
         if not shape or min(shape)<1: raise ValueError(f'{self.path}: {what}_shape is {shape}')
         return shape
     def get(self, what, i, dtype, size):
-        raw,key = self.txn.get(f'{what}_{i}_data'.encode()),f'{what}_{i}_data'
+        raw,key = self.table.get(f'{what}_{i}_data'.encode()),f'{what}_{i}_data'
         if raw is None: raise ValueError(f'{self.path}: {key} is missing')
         want = size*np.dtype(dtype).itemsize
         if len(raw)!=want:
