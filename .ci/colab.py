@@ -8,7 +8,9 @@ import hashlib, json, re, sys, tomllib
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-repository = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']['Repository']
+repository = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8'))['project'][
+    'urls'
+]['Repository']
 badge_of = '[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/nbs/{})'
 install = f"#| hide\n#| eval: false\n! [ -e /content ] && pip install -q nbdev 'dmd2_nb[sdxl,eval,lmdb,study] @ git+{repository}'"
 export = "#| hide\nfrom nbdev.doclinks import is_nbdev, nbdev_export\nif is_nbdev(): nbdev_export()  # nothing to export to outside of the repository"
@@ -27,9 +29,23 @@ def dressed(nb, name):
     if not m: raise ValueError(f'{name}: no `# Title` and `> subtitle` in its first cell')
     head, more = m.groups()
     cells[0]['source'] = lines('\n\n'.join(filter(None, (head, badge(name), more))))
-    cells = [c for c in cells if not (c['cell_type'] == 'code' and '/content' in source(c) and 'pip install' in source(c))]
+    cells = [
+        c
+        for c in cells
+        if not (c['cell_type'] == 'code' and '/content' in source(c) and 'pip install' in source(c))
+    ]
     i = hashlib.sha256(f'{name} colab'.encode()).hexdigest()[:8]
-    cells.insert(1, dict(cell_type='code', execution_count=None, id=i, metadata={}, outputs=[], source=lines(install)))
+    cells.insert(
+        1,
+        dict(
+            cell_type='code',
+            execution_count=None,
+            id=i,
+            metadata={},
+            outputs=[],
+            source=lines(install),
+        ),
+    )
     if 'nbdev_export' in source(cells[-1]): cells[-1]['source'] = lines(export)
     return nb | dict(cells=cells)
 
@@ -39,12 +55,18 @@ def main():
     for p in sorted((root/'nbs').glob('*.ipynb')):
         if p.name.startswith('.'): continue
         text = p.read_text(encoding='utf-8')
-        new = json.dumps(dressed(json.loads(text), p.name), indent=1, ensure_ascii=False, sort_keys=True)+'\n'
+        new = (
+            json.dumps(
+                dressed(json.loads(text), p.name), indent=1, ensure_ascii=False, sort_keys=True
+            )
+            + '\n'
+        )
         if new == text: continue
         missing += 1
         print(p.relative_to(root))
         if '--check' not in sys.argv: p.write_text(new, encoding='utf-8')
-    if missing and '--check' in sys.argv: sys.exit('these lack their badge, first or last cell as `python .ci/colab.py` writes them')
+    if missing and '--check' in sys.argv:
+        sys.exit('these lack their badge, first or last cell as `python .ci/colab.py` writes them')
 
 
 if __name__ == '__main__': main()

@@ -21,7 +21,9 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 
 max_bytes = 1_000_000
-machine_path = re.compile(r'(?<![\w.:/<-])/(?:home|root|work|tmp|farm|usr|opt|mnt|var|Users|content|private|data)/[\w.]|\b[A-Z]:\\\w')
+machine_path = re.compile(
+    r'(?<![\w.:/<-])/(?:home|root|work|tmp|farm|usr|opt|mnt|var|Users|content|private|data)/[\w.]|\b[A-Z]:\\\w'
+)
 
 
 def tidy(outputs):
@@ -30,13 +32,26 @@ def tidy(outputs):
     for o in outputs:
         data = o.get('data', {})
         if 'application/vnd.jupyter.widget-view+json' in data: continue  # lives in its kernel alone
-        if '<style>' in data.get('text/html', '') and not re.sub(r'<style>.*?</style>', '', data['text/html'], flags=re.S).strip(): continue
-        if o['output_type'] == 'display_data' and 'text/html' in data and not data['text/html'].strip(): continue
-        if o['output_type'] == 'stream' and res and res[-1].get('name') == o['name']: res[-1]['text'] += o['text']
+        if (
+            '<style>' in data.get('text/html', '')
+            and not re.sub(r'<style>.*?</style>', '', data['text/html'], flags=re.S).strip()
+        ):
+            continue
+        if (
+            o['output_type'] == 'display_data'
+            and 'text/html' in data
+            and not data['text/html'].strip()
+        ):
+            continue
+        if o['output_type'] == 'stream' and res and res[-1].get('name') == o['name']:
+            res[-1]['text'] += o['text']
         else: res.append(o)
         if 'image/png' in data: data['image/png'] = squeeze(data['image/png'])
     for o in res:
-        if o['output_type'] == 'stream': o['text'] = re.sub(r'[^\n]*\r(?!\n)(?=[^\n])', '', o['text'].replace('\r\n', '\n')).replace('\r', '')
+        if o['output_type'] == 'stream':
+            o['text'] = re.sub(
+                r'[^\n]*\r(?!\n)(?=[^\n])', '', o['text'].replace('\r\n', '\n')
+            ).replace('\r', '')
     return [o for o in res if o['output_type'] != 'stream' or o['text'].strip()]
 
 
@@ -45,7 +60,10 @@ def squeeze(png):
     from PIL import Image
     raw = base64.b64decode(png if isinstance(png, str) else ''.join(png))
     im, tries = Image.open(io.BytesIO(raw)), [raw]
-    for o in (im, *([im.convert('RGB').quantize(256, dither=Image.Dither.NONE)] if im.mode != 'P' else [])):
+    for o in (
+        im,
+        *([im.convert('RGB').quantize(256, dither=Image.Dither.NONE)] if im.mode != 'P' else []),
+    ):
         buf = io.BytesIO()
         o.save(buf, 'PNG', optimize=True)
         tries.append(buf.getvalue())
@@ -57,7 +75,8 @@ def texts(outputs):
     for o in outputs:
         yield o.get('text', '')
         for mime, v in o.get('data', {}).items():
-            if not mime.startswith('image/') or 'svg' in mime: yield v if isinstance(v, str) else str(v)
+            if not mime.startswith('image/') or 'svg' in mime:
+                yield v if isinstance(v, str) else str(v)
 
 
 def unfit(nb, own):
@@ -66,17 +85,29 @@ def unfit(nb, own):
         for t in texts(c.get('outputs', [])):
             t = re.sub(r'data:image/[\w+]+;base64,[\w+/=]+', '', t)
             hit = machine_path.search(t)
-            found = next((s for s in own if s in t), None) or (t[hit.start():].split('\n')[0][:80] if hit else None)
+            found = next((s for s in own if s in t), None) or (
+                t[hit.start() :].split('\n')[0][:80] if hit else None
+            )
             if found: yield f'cell {i} ({c.id}): machine path in its output: {found}'
-        if any(o['output_type'] == 'error' for o in c.get('outputs', [])): yield f'cell {i} ({c.id}): an error is stored as output'
+        if any(o['output_type'] == 'error' for o in c.get('outputs', [])):
+            yield f'cell {i} ({c.id}): an error is stored as output'
 
 
 def execute(path, flags='', timeout=600):
     "Run one notebook and write it back; the messages that say why it was not written"
     skip = get_config(root).tst_flags
-    run = {c.id for c in nb_test_cells(path, skip.split() if isinstance(skip, str) else skip, flags.split())}
+    run = {
+        c.id
+        for c in nb_test_cells(path, skip.split() if isinstance(skip, str) else skip, flags.split())
+    }
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', record_timing=False, resources={'metadata': {'path': str(path.parent)}})
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        kernel_name='python3',
+        record_timing=False,
+        resources={'metadata': {'path': str(path.parent)}},
+    )
     with client.setup_kernel():
         for i, c in enumerate(nb.cells):
             if c.cell_type != 'code': continue
@@ -84,10 +115,13 @@ def execute(path, flags='', timeout=600):
                 if 'nbdev_export(' in c.source: c.outputs = []
                 continue
             try: client.execute_cell(c, i)
-            except CellExecutionError as e: return [f'cell {i} ({c.id}): {e.ename}: {e.evalue}\n{e.traceback or e}']
-            except (CellTimeoutError, DeadKernelError) as e: return [f'cell {i} ({c.id}): {type(e).__name__}: {str(e).strip().splitlines()[0]}']
+            except CellExecutionError as e:
+                return [f'cell {i} ({c.id}): {e.ename}: {e.evalue}\n{e.traceback or e}']
+            except (CellTimeoutError, DeadKernelError) as e:
+                return [f'cell {i} ({c.id}): {type(e).__name__}: {str(e).strip().splitlines()[0]}']
             c.outputs = tidy(c.outputs)
-    if bad := list(unfit(nb, {str(root), sys.prefix, str(Path.home())} - {'/', '/root'})): return bad
+    if bad := list(unfit(nb, {str(root), sys.prefix, str(Path.home())} - {'/', '/root'})):
+        return bad
     tmp = path.with_name(f'.{path.name}.tmp')
     try:
         tmp.write_text(nbformat.writes(nb), encoding='utf-8')
@@ -96,20 +130,34 @@ def execute(path, flags='', timeout=600):
         clean_nb(res)
         write_nb(res, tmp)
         size = tmp.stat().st_size
-        if size > max_bytes: return [f'{size/1e6:.2f} MB, over {max_bytes/1e6:.0f} MB: draw smaller pictures (dpi 72) or fewer']
+        if size > max_bytes:
+            return [
+                f'{size / 1e6:.2f} MB, over {max_bytes / 1e6:.0f} MB: draw smaller pictures (dpi 72) or fewer'
+            ]
         if tmp.read_bytes() != path.read_bytes(): os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     if path.stem in kept: keep_picture(res, *kept[path.stem], path.parent/'images')
     return []
 
 
-# A picture that stands elsewhere too: notebook -> words in the cell that draws it, and the name of its file
-kept = {'index': ('clouds.items()', 'index.png'), '14_distill': ('draw_turn(g,', 'turns.png'), '26_emoji_dmd2': ('# as in the README', 'emoji.png')}
+# A picture that stands elsewhere too: notebook -> words in the cell that draws it, and the name of
+# its file
+kept = {
+    'index': ('clouds.items()', 'index.png'),
+    '14_distill': ('draw_turn(g,', 'turns.png'),
+    '26_emoji_dmd2': ('# as in the README', 'emoji.png'),
+}
 
 
 def keep_picture(nb, words, name, folder):
     "The picture of one cell as a file, for the README or another notebook"
-    png, = [o['data']['image/png'] for c in nb.cells if c.cell_type == 'code' and words in c.source for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    (png,) = [
+        o['data']['image/png']
+        for c in nb.cells
+        if c.cell_type == 'code' and words in c.source
+        for o in c.get('outputs', [])
+        if 'image/png' in o.get('data', {})
+    ]
     folder.mkdir(exist_ok=True)
     (folder/name).write_bytes(base64.b64decode(png if isinstance(png, str) else ''.join(png)))
 
@@ -117,11 +165,18 @@ def keep_picture(nb, words, name, folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('notebooks', nargs='*', type=Path, help='notebooks; all of nbs/ when absent')
-    p.add_argument('--flags', default='', help='flags whose cells are to be run too, as in nbdev-test')
+    p.add_argument(
+        '--flags', default='', help='flags whose cells are to be run too, as in nbdev-test'
+    )
     p.add_argument('--timeout', type=int, default=600, help='seconds for one cell')
     a = p.parse_args()
-    paths = a.notebooks or sorted(o for o in (root/'nbs').rglob('*.ipynb') if not o.name.startswith('.') and '.ipynb_checkpoints' not in o.parts)
-    if gone := [str(o) for o in paths if not o.is_file()]: sys.exit(f'No such notebook: {", ".join(gone)}')
+    paths = a.notebooks or sorted(
+        o
+        for o in (root / 'nbs').rglob('*.ipynb')
+        if not o.name.startswith('.') and '.ipynb_checkpoints' not in o.parts
+    )
+    if gone := [str(o) for o in paths if not o.is_file()]:
+        sys.exit(f'No such notebook: {", ".join(gone)}')
     failed = 0
     for path in paths:
         start = time.time()

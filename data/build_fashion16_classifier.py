@@ -22,8 +22,15 @@ torch.manual_seed(0)
 net = train_classifier(SmallClassifier(), image_batches(train, 64, flip=True), steps)
 tensors = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
 out.parent.mkdir(exist_ok=True)
-facts = dict(steps=steps, accuracy_held=round(accuracy(net, held), 4), data='fashion16_6k.npz (Fashion-MNIST, MIT, Zalando SE), 90 %', licence='Apache-2.0')
+facts = dict(
+    steps=steps,
+    accuracy_held=round(accuracy(net, held), 4),
+    data='fashion16_6k.npz (Fashion-MNIST, MIT, Zalando SE), 90 %',
+    licence='Apache-2.0',
+)
 save_file(tensors, out, metadata=dict(classifier=json.dumps(net.config), meta=json.dumps(facts)))
 kept = accuracy(small_classifier(out).net, held)
-print(f'{out.name}: held-out accuracy {kept:.1%} with float16 weights, {out.stat().st_size:,} bytes')
+print(
+    f'{out.name}: held-out accuracy {kept:.1%} with float16 weights, {out.stat().st_size:,} bytes'
+)
 assert kept > 0.85

@@ -30,18 +30,44 @@ from dmd2_nb.runs import CsvLog, Run, follow, read_log
 from dmd2_nb.toy import ring
 from dmd2_nb.train import train
 
-toy = DMD2Config(levels=(2.5,), ttur=5, batch=256, lr_g=1e-3, lr_fake=2e-3, lr_head=2e-3, betas_g=(0., 0.99), betas_fake=(0., 0.99), gan_g=0.03, gan_d=0.1,
-                 dm_bins=(150, 650), fake_bins=(50, 750), gan_bins=(50, 700), gan_start=40, warmup_fake=100, ema_halflife=50., dtype='float32')
+toy = DMD2Config(
+    levels=(2.5,),
+    ttur=5,
+    batch=256,
+    lr_g=1e-3,
+    lr_fake=2e-3,
+    lr_head=2e-3,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    gan_g=0.03,
+    gan_d=0.1,
+    dm_bins=(150, 650),
+    fake_bins=(50, 750),
+    gan_bins=(50, 700),
+    gan_start=40,
+    warmup_fake=100,
+    ema_halflife=50.0,
+    dtype='float32',
+)
 
 
 def toy_net(mix, seed, steps=400):
     "A small denoiser fitted to the ring: what a copy of the teacher would be"
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); net = EDMPrecond(ToyNet(width=48), sigma_data=mix.std, sigma_max=20.)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = EDMPrecond(ToyNet(width=48), sigma_data=mix.std, sigma_max=20.)
     opt = torch.optim.Adam(net.parameters(), 2e-3)
     for i in range(steps):
         for g in opt.param_groups: g['lr'] = 2e-3*(1-i/steps)
-        loss = dsm_loss(net, mix.sample(256, generator=rng(seed, 1, i)), torch.exp(1.5*torch.randn(256, generator=rng(seed, 2, i))-0.5), noise=torch.randn(256, 2, generator=rng(seed, 3, i)))
-        opt.zero_grad(); loss.backward(); opt.step()
+        loss = dsm_loss(
+            net,
+            mix.sample(256, generator=rng(seed, 1, i)),
+            torch.exp(1.5 * torch.randn(256, generator=rng(seed, 2, i)) - 0.5),
+            noise=torch.randn(256, 2, generator=rng(seed, 3, i)),
+        )
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
     return net
 
 
@@ -56,10 +82,19 @@ def toy_run(seed, **changes):
 
 
 def toy_job(out, seed, name, steps=2000, fast=1., watch=True):
-    dmd, guard, reals = toy_run(seed, lr_g=toy.lr_g*fast, lr_fake=toy.lr_fake*fast, lr_head=toy.lr_head*fast)
+    dmd, guard, reals = toy_run(
+        seed, lr_g=toy.lr_g * fast, lr_fake=toy.lr_fake * fast, lr_head=toy.lr_head * fast
+    )
     logs = train(dmd, None, steps, reals())
     with tempfile.TemporaryDirectory() as d:
-        follow(guard.watch(logs) if watch else looked_at(guard, logs), Run(d), COLUMNS, steps, log_every=20, extra=lambda: dict(g_updates=dmd.g_updates) | guard.numbers())
+        follow(
+            guard.watch(logs) if watch else looked_at(guard, logs),
+            Run(d),
+            COLUMNS,
+            steps,
+            log_every=20,
+            extra=lambda: dict(g_updates=dmd.g_updates) | guard.numbers(),
+        )
         shutil.copy(Path(d)/'log.csv', Path(out)/name)
     return name
 
@@ -67,7 +102,9 @@ def toy_job(out, seed, name, steps=2000, fast=1., watch=True):
 def looked_at(guard, logs):
     "Collects the guard's numbers without its alarms"
     for log in logs:
-        if guard.given is not None and guard.dmd.step%10==0: a, b = guard.errors(); guard.lag = a/b
+        if guard.given is not None and guard.dmd.step%10==0:
+            a, b = guard.errors()
+            guard.lag = a/b
         yield log
 
 
@@ -78,7 +115,17 @@ def fashion_job(out, seed, name):
     return name
 
 
-USED = ('dmd_loss', 'gan_d_loss', 'grad_dm', 'grad_gan', 'grad_cos', 'x_mean', 'x_std', 'critic_lag', 'ema_dist')
+USED = (
+    'dmd_loss',
+    'gan_d_loss',
+    'grad_dm',
+    'grad_gan',
+    'grad_cos',
+    'x_mean',
+    'x_std',
+    'critic_lag',
+    'ema_dist',
+)
 
 
 def add(out, kind, source):
@@ -86,10 +133,20 @@ def add(out, kind, source):
     file, _, row = str(source).partition(':')
     path = Path(file)/'log.csv' if Path(file).is_dir() else Path(file)
     if row:
-        with open(path, newline='', encoding='utf-8') as f: rows = [{k: float(v) for k, v in o.items() if v and k != 'run'} for o in csv.DictReader(f) if o['run'] == row]
+        with open(path, newline='', encoding='utf-8') as f:
+            rows = [
+                {k: float(v) for k, v in o.items() if v and k != 'run'}
+                for o in csv.DictReader(f)
+                if o['run'] == row
+            ]
     else: rows = read_log(path)
-    if len(rows) < 20 or len(signals(rows)) < 3: raise SystemExit(f'{source}: {len(rows)} rows with {len(signals(rows))} signals are too few')
-    name = row or next(str(i) for i in count(1) if not (Path(out)/'good'/f'{kind}_{i}.csv').exists())
+    if len(rows) < 20 or len(signals(rows)) < 3:
+        raise SystemExit(
+            f'{source}: {len(rows)} rows with {len(signals(rows))} signals are too few'
+        )
+    name = row or next(
+        str(i) for i in count(1) if not (Path(out) / 'good' / f'{kind}_{i}.csv').exists()
+    )
     file = Path(out)/'good'/f'{kind}_{name}.csv'
     file.unlink(missing_ok=True)
     log = CsvLog(file, ('step', *(k for k in USED if any(k in o for o in rows))))
@@ -103,22 +160,32 @@ def check():
         others = [rows for n, rows in good_logs(kind_of(name)).items() if n != name]
         h = health(good_logs()[name], bands(others)) if others else ()
         off = [f'{s.name} {s.value:.3g}, others {s.low:.3g} to {s.high:.3g}' for s in h if not s.ok]
-        print(f"{name:20} {len(others)} others: {'; '.join(off) or ('healthy' if others else 'nothing to compare with')}")
+        print(
+            f"{name:20} {len(others)} others: {'; '.join(off) or ('healthy' if others else 'nothing to compare with')}"
+        )
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--out', default='data/runs'); p.add_argument('--workers', type=int, default=1)
-    p.add_argument('--toy', action='store_true'); p.add_argument('--fashion', action='store_true')
-    p.add_argument('--add', nargs='+', metavar='WORD', help='a recipe, then logs'); p.add_argument('--check', action='store_true')
+    p.add_argument('--out', default='data/runs')
+    p.add_argument('--workers', type=int, default=1)
+    p.add_argument('--toy', action='store_true')
+    p.add_argument('--fashion', action='store_true')
+    p.add_argument('--add', nargs='+', metavar='WORD', help='a recipe, then logs')
+    p.add_argument('--check', action='store_true')
     a = p.parse_args()
     if a.add:
         for source in a.add[1:]: add(a.out, a.add[0], source)
-    if a.add or a.check: check(); raise SystemExit
+    if a.add or a.check:
+        check()
+        raise SystemExit
     both, out = not (a.toy or a.fashion), Path(a.out)
     (out/'good').mkdir(parents=True, exist_ok=True)
     jobs = []
-    if a.toy or both: jobs += [(toy_job, out, s, f'good/toy_{s}.csv') for s in range(3)] + [(toy_job, out, 0, 'sick_toy.csv', 2000, 10., False)]
+    if a.toy or both:
+        jobs += [(toy_job, out, s, f'good/toy_{s}.csv') for s in range(3)] + [
+            (toy_job, out, 0, 'sick_toy.csv', 2000, 10.0, False)
+        ]
     if a.fashion or both: jobs += [(fashion_job, out, s, f'good/fashion16_{s}.csv') for s in (1, 2)]
     with ProcessPoolExecutor(a.workers, get_context('spawn')) as pool:
         for f in [pool.submit(*j) for j in jobs]: print(f.result(), flush=True)

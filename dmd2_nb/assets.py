@@ -13,14 +13,15 @@ from pathlib import Path
 # %% ../nbs/00b_assets.ipynb #8fd7f467
 # File -> how a user gets it when it did not travel with the package
 SOURCES = {
-    'emoji64.npz': 'it is too large to travel: build it with `python data/build_emoji.py --size 64` from a checkout of the repository',
+    'emoji64.npz': 'it is too large to travel: build it with `python data/build_emoji.py --size 64` from a checkout of the repository'
 }
 
 def data_folders()->list: # Existing folders, first wins
     "Where files are looked for: the wheel, the checkout, `$DMD2_NB_DATA`, the checkout's and the user's cache"
     package = Path(str(files('dmd2_nb')))
     places = [package/'data', package.parent/'data', package.parent/'data'/'cache', cache_folder()]
-    if os.environ.get('DMD2_NB_DATA'): places.insert(2, Path(os.environ['DMD2_NB_DATA']).expanduser())
+    if os.environ.get('DMD2_NB_DATA'):
+        places.insert(2, Path(os.environ['DMD2_NB_DATA']).expanduser())
     return [p for p in places if p.is_dir()]
 
 def cache_folder()->Path: # May not exist yet
@@ -34,7 +35,9 @@ def data_path(
     for folder in data_folders():
         if (folder/name).exists(): return folder/name
     where = ', '.join(str(o) for o in data_folders()) or 'any data folder'
-    hint = SOURCES.get(str(name), 'reinstall the package, or set DMD2_NB_DATA to the folder that has it')
+    hint = SOURCES.get(
+        str(name), 'reinstall the package, or set DMD2_NB_DATA to the folder that has it'
+    )
     raise FileNotFoundError(f"'{name}' is not in {where}; {hint}")
 
 # %% ../nbs/00b_assets.ipynb #c1923737
@@ -50,5 +53,8 @@ def check_sha256(
 )->Path: # The path, when it matches
     "Refuse a file whose bytes are not the known ones"
     found = sha256(path)
-    if not found.startswith(expected): raise ValueError(f'{path}: sha256 is {found[:16]}…, expected {expected[:16]}…: a damaged or different file')
+    if not found.startswith(expected):
+        raise ValueError(
+            f'{path}: sha256 is {found[:16]}…, expected {expected[:16]}…: a damaged or different file'
+        )
     return Path(path)

@@ -29,17 +29,23 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(_draw((cout,), law, cin, cout)*bias_scale) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 class GroupNorm(nn.Module):
     "At most 32 groups, of at least 4 channels"
     def __init__(self, c, eps=1e-5): # Channels; floor of the variance
         super().__init__()
         self.groups,self.eps = min(32, c//4),eps
-        if not self.groups or c%self.groups: raise ValueError(f'{c} channels cannot be split into {self.groups} groups')
+        if not self.groups or c%self.groups:
+            raise ValueError(f'{c} channels cannot be split into {self.groups} groups')
         self.weight,self.bias = nn.Parameter(torch.ones(c)),nn.Parameter(torch.zeros(c))
 
-    def forward(self, x): return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    def forward(self, x):
+        return F.group_norm(
+            x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+        )
 
     def silu(self, x, scale=None, shift=None, pre=None, act=True):
         "Norm of `x + pre`, scale and shift, SiLU, in one go; each (b, c), `pre` also (c,)"
@@ -57,22 +63,39 @@ class Conv(nn.Module):
         law='kaiming_uniform', scale=1., bias_scale=0., # Initial values
     ):
         super().__init__()
-        self.cin,self.cout,self.kernel,self.up,self.down,self.conv_first = cin,cout,kernel,up,down,conv_first
+        self.cin, self.cout, self.kernel, self.up, self.down, self.conv_first = (
+            cin,
+            cout,
+            kernel,
+            up,
+            down,
+            conv_first,
+        )
         fans = cin*kernel**2,cout*kernel**2
-        self.weight = nn.Parameter(_draw((cout, cin, kernel, kernel), law, *fans)*scale) if kernel else None
+        self.weight = (
+            nn.Parameter(_draw((cout, cin, kernel, kernel), law, *fans) * scale) if kernel else None
+        )
         self.bias = nn.Parameter(_draw((cout,), law, *fans)*bias_scale) if kernel else None
         f = torch.as_tensor(taps, dtype=torch.float32)
         self.plain,self.pad = len(set(taps))==1 and len(taps)==2,(len(taps)-1)//2
-        self.register_buffer('resample_filter', (f.outer(f)/f.sum()**2)[None,None] if up or down else None)
+        self.register_buffer(
+            'resample_filter', (f.outer(f) / f.sum() ** 2)[None, None] if up or down else None
+        )
 
     def resample(self, x, pad):
         if self.plain: return double(x) if self.up else halve(x)
         c = x.shape[1]
         f = self.resample_filter.to(x.dtype).expand(c, -1, -1, -1)
-        return F.conv_transpose2d(x, 4*f, stride=2, padding=pad, groups=c) if self.up else F.conv2d(x, f, stride=2, padding=pad, groups=c)
+        return (
+            F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=c)
+            if self.up
+            else F.conv2d(x, f, stride=2, padding=pad, groups=c)
+        )
 
     def conv(self, x, pad, bias=True):
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype) if bias else None, padding=pad)
+        return F.conv2d(
+            x, self.weight.to(x.dtype), self.bias.to(x.dtype) if bias else None, padding=pad
+        )
 
     def forward(self, x, bias=True): # Without `bias` the caller adds it
         if self.conv_first: return self.resample(self.conv(x, self.kernel//2+self.pad), 0)
@@ -81,7 +104,9 @@ class Conv(nn.Module):
 
     def pixelwise(self, x, bias=True): # Without `bias` the caller adds it
         "A 1x1 convolution of rows (b, pixels, c)"
-        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype) if bias else None)
+        return F.linear(
+            x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype) if bias else None
+        )
 
 # %% ../nbs/21_blocks.ipynb #c66b4aa7
 class Positional(nn.Module):
@@ -121,14 +146,28 @@ class Block(nn.Module):
         init={}, init_zero={}, init_attn={}, # Initial values of the layers
     ):
         super().__init__()
-        self.cin,self.heads,self.dropout,self.skip_scale,self.adaptive = cin,heads,dropout,skip_scale,adaptive
+        self.cin, self.heads, self.dropout, self.skip_scale, self.adaptive = (
+            cin,
+            heads,
+            dropout,
+            skip_scale,
+            adaptive,
+        )
         rs = dict(up=up, down=down, taps=taps)
         self.norm0,self.conv0 = GroupNorm(cin, eps),Conv(cin, cout, 3, **rs, **init)
         self.affine = Linear(emb, cout*(2 if adaptive else 1), **init)
         self.norm1,self.conv1 = GroupNorm(cout, eps),Conv(cout, cout, 3, **init_zero)
-        self.skip = Conv(cin, cout, 1 if project or cin!=cout else 0, **rs, **init) if cin!=cout or up or down else None
+        self.skip = (
+            Conv(cin, cout, 1 if project or cin != cout else 0, **rs, **init)
+            if cin != cout or up or down
+            else None
+        )
         if heads:
-            self.norm2,self.qkv,self.proj = GroupNorm(cout, eps),Conv(cout, 3*cout, 1, **init_attn),Conv(cout, cout, 1, **init_zero)
+            self.norm2, self.qkv, self.proj = (
+                GroupNorm(cout, eps),
+                Conv(cout, 3 * cout, 1, **init_attn),
+                Conv(cout, cout, 1, **init_zero),
+            )
 
     def attend(self, x, bias=True): # Without `bias` the caller adds that of the last projection
         "Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is copied, and gradients of q, k, v are joined once"
@@ -136,9 +175,18 @@ class Block(nn.Module):
         rows = lambda t: t.permute(0, 2, 3, 1).reshape(b, h*w, -1)
         d = c//self.heads
         W,offset = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
-                  for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))  # stored: heads, depth, q k v; used: q k v, heads, depth
-        q,k,v = F.linear(rows(self.norm2.silu(x, act=False)), W, offset[:,0]).reshape(b, h*w, 3, self.heads, d).unbind(2)
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).reshape(b, h*w, c)
+                  # stored: heads, depth, q k v; used: q k v, heads, depth
+                  for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))
+        q, k, v = (
+            F.linear(rows(self.norm2.silu(x, act=False)), W, offset[:, 0])
+            .reshape(b, h * w, 3, self.heads, d)
+            .unbind(2)
+        )
+        y = (
+            F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+            .transpose(1, 2)
+            .reshape(b, h * w, c)
+        )
         return self.proj.pixelwise(y, bias).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
     def forward(self, x, e):
@@ -149,8 +197,16 @@ class Block(nn.Module):
         else: h = self.norm1.silu(h, pre=p if pre is None else p+pre)
         h = F.dropout(h, self.dropout, self.training)
         if fast:
-            owed = self.conv1.bias if self.skip is None or not self.skip.kernel else self.conv1.bias + self.skip.bias
-            x = residual(x if self.skip is None else self.skip(x, bias=False), self.conv1(h, bias=False), owed)
+            owed = (
+                self.conv1.bias
+                if self.skip is None or not self.skip.kernel
+                else self.conv1.bias + self.skip.bias
+            )
+            x = residual(
+                x if self.skip is None else self.skip(x, bias=False),
+                self.conv1(h, bias=False),
+                owed,
+            )
         else: x = self.conv1(h) + (x if self.skip is None else self.skip(x))
         if self.skip_scale!=1: x = x*self.skip_scale
         if not self.heads: return x

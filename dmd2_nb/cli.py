@@ -45,9 +45,18 @@ def command(
         return COMMANDS.setdefault(name.removeprefix('dmd2_'), main)
     return wrap
 
-NO_MEMORY = ('out of memory', "can't allocate memory", 'cannot allocate memory', 'not enough memory', 'bad_alloc',
-             'unable to mmap', "can't start new thread", 'size calculation overflowed') # Words of PyTorch and the system
+NO_MEMORY = (
+    'out of memory',
+    "can't allocate memory",
+    'cannot allocate memory',
+    'not enough memory',
+    'bad_alloc',
+    'unable to mmap',
+    "can't start new thread",
+    'size calculation overflowed',
+)  # Words of PyTorch and the system
 
+# %% ../nbs/90_cli.ipynb #0f9e3b37
 def explained(
     e:Exception, # What ended a command
     lighter='give it less to do', # What needs less memory
@@ -57,12 +66,18 @@ def explained(
     full = isinstance(e, (RuntimeError, OSError)) and any(w in text.lower() for w in NO_MEMORY)
     if full or isinstance(e, MemoryError):
         return f'not enough memory ({text[:200].partition(". ")[0]}): {lighter}'
-    users = isinstance(e, (ValueError, OSError, ImportError, OverflowError)) or type(e).__name__=='SafetensorError'
+    users = (
+        isinstance(e, (ValueError, OSError, ImportError, OverflowError))
+        or type(e).__name__ == 'SafetensorError'
+    )
     return text if users else None
 
 # %% ../nbs/90_cli.ipynb #e9090c0b
 class _Parser(argparse.ArgumentParser):
-    def __init__(self, name, text): super().__init__(prog=name, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    def __init__(self, name, text):
+        super().__init__(
+            prog=name, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
     def error(self, message): raise ValueError(f'{message}; --help tells more')
 
 # %% ../nbs/90_cli.ipynb #bd9ceda6
@@ -77,7 +92,9 @@ def _seed(**values):
     "Seeds are whole numbers of 64 bits"
     for k,v in values.items():
         if v is not None and not -2**63<=v<2**63:
-            raise ValueError(f'--{k} {v}: a seed lies between -2^63 and 2^63-1, which has 19 digits')
+            raise ValueError(
+                f'--{k} {v}: a seed lies between -2^63 and 2^63-1, which has 19 digits'
+            )
 
 def _device(name):
     "A device that can be computed on; `meta` holds no numbers"
@@ -92,7 +109,8 @@ def free_memory()->int: # Bytes
     free = [2**63-1]
     with suppress(OSError, ValueError, AttributeError):
         free.append(os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES'))
-    with suppress(OSError, ValueError): free.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
+    with suppress(OSError, ValueError):
+        free.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
     with suppress(ImportError, OSError, ValueError):
         import resource
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -111,20 +129,35 @@ def _fits(option, n, each, what):
 def _run_options(p):
     "Options of everything that trains"
     add = p.add_argument
-    add('recipe', nargs='?', default='fashion16', help='fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, '
-        'imagenet64-resume or imagenet64-fastgen')
+    add(
+        'recipe',
+        nargs='?',
+        default='fashion16',
+        help='fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, '
+        'imagenet64-resume or imagenet64-fastgen',
+    )
     add('--out', default='runs', help='folder of all runs')
-    add('--name', help='name of the run; by default the newest unfinished run of the same config, or the next free number')
+    add(
+        '--name',
+        help='name of the run; by default the newest unfinished run of the same config, or the next free number',
+    )
     add('--overwrite', action='store_true', help='start a named run anew')
     add('--data', help='other images of the same kind: .npz, .zip or a folder')
     add('--device', help='cpu, cuda, mps; by default the best there is')
     add('--batch', type=int, help='samples an iteration')
-    add('--features', help="what KID looks at: small_classifier, lite0, ..., pixels; by default the recipe's")
+    add(
+        '--features',
+        help="what KID looks at: small_classifier, lite0, ..., pixels; by default the recipe's",
+    )
     add('--eval-n', type=int, help='samples of the final evaluation')
     add('--save-every', type=int, help='iterations between two checkpoints')
     add('--eval-every', type=int, help='iterations between two evaluations on the way, 0 for none')
     add('--seed', type=int, help='names all random numbers of the run')
-    add('--keep-state', action='store_true', help='keep the checkpoint of the finished run: it can be made longer later')
+    add(
+        '--keep-state',
+        action='store_true',
+        help='keep the checkpoint of the finished run: it can be made longer later',
+    )
     add('--graph', action='store_true', help='replay updates as CUDA graphs')
     add('--compile', action='store_true', help='torch.compile the networks')
 
@@ -143,7 +176,12 @@ def _recipe(a):
     if a.batch: _fits('--batch', a.batch, 16*pixels, 'images, noise and their gradients')
     if a.eval_n: _fits('--eval-n', a.eval_n, 6*pixels, 'samples and their noise')
     if a.device: _device(a.device)
-    return replace(r, every=r.every | given, teacher_every=r.teacher_every | given, features=a.features or r.features)
+    return replace(
+        r,
+        every=r.every | given,
+        teacher_every=r.teacher_every | given,
+        features=a.features or r.features,
+    )
 
 # %% ../nbs/90_cli.ipynb #1946293e
 def _axes(rows, columns, width, height):
@@ -174,7 +212,12 @@ def save_figure(
 def _captions(data, conds):
     "Class of each picture, as far as there is one"
     if not data.class_names: return None
-    names = [data.class_names[i] for i in (conds if conds.ndim==1 else conds[:,:len(data.class_names)].argmax(1)).tolist()]
+    names = [
+        data.class_names[i]
+        for i in (
+            conds if conds.ndim == 1 else conds[:, : len(data.class_names)].argmax(1)
+        ).tolist()
+    ]
     return [re.sub('[ _/]', '\n', n, count=1) for n in names]
 
 def _columns(data): return min(12, len(data.class_names) or 12)
@@ -185,7 +228,8 @@ def _sheet(ax, images, names, n):
     from dmd2_nb.plot import show_images
     show_images(images, ncols=n, ax=ax)
     step = images.shape[-1]+max(1, images.shape[-1]//16)
-    for i,t in enumerate((names or ())[:n]): ax.text((i+0.5)*step, -1, t, ha='center', va='bottom', fontsize=7)
+    for i,t in enumerate((names or ())[:n]):
+        ax.text((i+0.5)*step, -1, t, ha='center', va='bottom', fontsize=7)
 
 def _figure(n, rows, blocks):
     "Axes for blocks of `rows` times `n` pictures"
@@ -209,7 +253,12 @@ def draw_curves(path, rows, names): # File to write; rows of a log; columns to d
     for ax in axs[len(names):]: ax.set_axis_off()
     for ax,k in zip(axs, names):
         seen = [o for o in rows if k in o]
-        ax.plot([o['step'] for o in seen], [o[k] for o in seen], marker='.' if 'kid' in k or len(seen)<2 else None, lw=1)
+        ax.plot(
+            [o['step'] for o in seen],
+            [o[k] for o in seen],
+            marker='.' if 'kid' in k or len(seen) < 2 else None,
+            lw=1,
+        )
         ax.set_title(k, fontsize='medium')
         if 'kid' in k: ax.set_yscale('log')
     save_figure(axs, path)
@@ -220,7 +269,10 @@ def draw_pairs(path, above, below, data, conds, steps, levels): # File to write;
     n,names = _columns(data),_captions(data, conds)
     axs = _figure(n, len(above)/n, 2)
     s = 's'*(levels>1)
-    titles = (f'teacher, {steps} steps ({2*steps-1} evaluations)', f'generator, {levels} step{s} ({levels} evaluation{s})')
+    titles = (
+        f'teacher, {steps} steps ({2 * steps - 1} evaluations)',
+        f'generator, {levels} step{s} ({levels} evaluation{s})',
+    )
     for ax,x,t in zip(axs, (above, below), titles):
         _sheet(ax, x, names, n)
         ax.set_title(t, pad=22, fontsize='medium')
@@ -241,9 +293,23 @@ def train_teacher_main(argv): # Words of the command line
     r = _recipe(a)
     _at_least(1, steps=a.steps)
     _at_least(0, 1, lr=a.lr)
-    run = train_teacher_job(r, a.out, a.name, overwrite=a.overwrite, keep_state=a.keep_state, device=a.device, source=a.data,
-                            seed=a.seed or 0, n_eval=a.eval_n, graph=a.graph, compile=a.compile, pictures=PICTURES,
-                            steps=a.steps, batch=a.batch, lr=a.lr)
+    run = train_teacher_job(
+        r,
+        a.out,
+        a.name,
+        overwrite=a.overwrite,
+        keep_state=a.keep_state,
+        device=a.device,
+        source=a.data,
+        seed=a.seed or 0,
+        n_eval=a.eval_n,
+        graph=a.graph,
+        compile=a.compile,
+        pictures=PICTURES,
+        steps=a.steps,
+        batch=a.batch,
+        lr=a.lr,
+    )
     _report(run, 'teacher.safetensors')
 
 # %% ../nbs/90_cli.ipynb #1615030e
@@ -251,7 +317,9 @@ def _report(run, file):
     "The table of a finished run and where things are"
     from dmd2_nb.evaluate import table
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
-    print(f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run/file} and {run/'samples.png'}")
+    print(
+        f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run / file} and {run / 'samples.png'}"
+    )
 
 # %% ../nbs/90_cli.ipynb #b63e41c9
 @command('dmd2_distill', 'cut each batch into pieces with --accum 2, 4 ... (the results are the same), or give a smaller --batch')
@@ -270,10 +338,28 @@ def distill_main(argv): # Words of the command line
     own = {k: getattr(a, k) for k in ('batch', 'ttur', 'rollout', 'seed')}
     changes = config_changes(a.set) | {k: v for k,v in own.items() if v is not None}
     r = with_steps(with_reference(_recipe(a), a.reference), a.levels, a.steps)
-    with setup(a.device, 7200, a.silence) as world:  # the others wait while the first process evaluates
-        run = distill_job(r, a.teacher, a.out, a.name, overwrite=a.overwrite, keep_state=a.keep_state, world=world,
-                          graph=a.graph, compile=a.compile, pictures=PICTURES, device=a.device, source=a.data,
-                          iters=a.iters, n_eval=a.eval_n, accum=a.accum, begin=a.begin, guard=a.guard, **changes)
+    # the others wait while the first process evaluates
+    with setup(a.device, 7200, a.silence) as world:
+        run = distill_job(
+            r,
+            a.teacher,
+            a.out,
+            a.name,
+            overwrite=a.overwrite,
+            keep_state=a.keep_state,
+            world=world,
+            graph=a.graph,
+            compile=a.compile,
+            pictures=PICTURES,
+            device=a.device,
+            source=a.data,
+            iters=a.iters,
+            n_eval=a.eval_n,
+            accum=a.accum,
+            begin=a.begin,
+            guard=a.guard,
+            **changes,
+        )
         if world.main: _report(run, 'generator.safetensors')
 
 # %% ../nbs/90_cli.ipynb #7aeec75b
@@ -284,19 +370,50 @@ def _distill_options():
     add('--teacher', help='weights or run folder of the teacher; by default the bundled one')
     add('--steps', type=int, help="the generator's steps, 1 or 4")
     add('--levels', help="the generator's input levels, falling, such as 80 or 80,5,1.2,0.35")
-    add('--iters', type=int, help='iterations, that is updates of the fake score; more than before go on with the same run')
+    add(
+        '--iters',
+        type=int,
+        help='iterations, that is updates of the fake score; more than before go on with the same run',
+    )
     add('--ttur', type=int, help='iterations per update of the generator')
     add('--rollout', help='inputs of later steps: sim, real or mix')
-    add('--set', action='append', metavar='NAME=VALUE', help='any other field of DMD2Config; may be repeated')
-    add('--keep-every', type=int, help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep')
-    add('--guard', default='stop',
-        help='after an alarm: stop, rollback (to the last good checkpoint, with half of the learning rates), or off')
-    add('--begin', help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2')
-    add('--reference', help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent")
-    add('--accum', type=int, default=1, help='pieces that each process cuts its share of a batch into')
+    add(
+        '--set',
+        action='append',
+        metavar='NAME=VALUE',
+        help='any other field of DMD2Config; may be repeated',
+    )
+    add(
+        '--keep-every',
+        type=int,
+        help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep',
+    )
+    add(
+        '--guard',
+        default='stop',
+        help='after an alarm: stop, rollback (to the last good checkpoint, with half of the learning rates), or off',
+    )
+    add(
+        '--begin',
+        help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2',
+    )
+    add(
+        '--reference',
+        help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent",
+    )
+    add(
+        '--accum',
+        type=int,
+        default=1,
+        help='pieces that each process cuts its share of a batch into',
+    )
     add('--nproc', type=int, default=1, help='processes of this machine that share each batch')
-    add('--silence', type=float, default=300.,
-        help='of several processes: seconds without a sign of life from one until the run ends; 0 for no limit')
+    add(
+        '--silence',
+        type=float,
+        default=300.0,
+        help='of several processes: seconds without a sign of life from one until the run ends; 0 for no limit',
+    )
     return p
 
 # %% ../nbs/90_cli.ipynb #0a78d5d9
@@ -306,7 +423,10 @@ def main(argv=None)->int: # Exit code
     name = argv[0].removeprefix('dmd2_').replace('-', '_') if argv else '__help'
     if name in COMMANDS: return COMMANDS[name](argv[1:])
     asked = name in ('_h', '__help')
-    print(f"usage: python -m dmd2_nb.cli COMMAND ...\ncommands: {', '.join(COMMANDS)}; each tells more with --help", file=sys.stdout if asked else sys.stderr)
+    print(
+        f"usage: python -m dmd2_nb.cli COMMAND ...\ncommands: {', '.join(COMMANDS)}; each tells more with --help",
+        file=sys.stdout if asked else sys.stderr,
+    )
     return 0 if asked else 2
 
 # %% ../nbs/90_cli.ipynb #75017413
@@ -315,25 +435,40 @@ def sample_main(argv): # Words of the command line
     "Draw samples into a picture"
     p = _Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
     add = p.add_argument
-    add('source', nargs='?', default='fashion16_1step', help='run folder, .safetensors file, or name of bundled weights')
+    add(
+        'source',
+        nargs='?',
+        default='fashion16_1step',
+        help='run folder, .safetensors file, or name of bundled weights',
+    )
     add('--n', type=int, default=16, help='how many')
     add('--label', help='class, by name or number; random classes when absent')
     add('--style', help='style, by name or number')
     add('--seed', type=int, default=0)
     add('--steps', type=int, help='Heun steps, for a teacher')
-    add('--scale', type=int, help='pixels for one pixel; by default so many that a sample is 64 wide')
+    add(
+        '--scale',
+        type=int,
+        help='pixels for one pixel; by default so many that a sample is 64 wide',
+    )
     add('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
     add('--device', default='cpu')
     a = p.parse_args(argv)
     _at_least(1, n=a.n, scale=a.scale)
     _at_least(1, 10**5, steps=a.steps)
     _seed(seed=a.seed)
-    if Path(a.out).suffix not in ('.png', '.npz'): raise ValueError(f'--out {a.out}: expected .png or .npz')
+    if Path(a.out).suffix not in ('.png', '.npz'):
+        raise ValueError(f'--out {a.out}: expected .png or .npz')
     from dmd2_nb.evaluate import draw, save_samples
     from dmd2_nb.jobs import open_model
     device = _device(a.device)
     sampler,model = open_model(a.source, device, a.steps)
-    _fits('--n', a.n, 6*math.prod(model.G.shape), f'samples of {"x".join(map(str, model.G.shape))} and their noise')
+    _fits(
+        '--n',
+        a.n,
+        6 * math.prod(model.G.shape),
+        f'samples of {"x".join(map(str, model.G.shape))} and their noise',
+    )
     if a.out.endswith('.png'): _sheet_size(a.n, model.G.shape[-2:], a.scale)
     def number(s): return int(s) if s is not None and s.isascii() and s.isdigit() else s
     cond = model.condition(a.n, number(a.label), number(a.style), a.seed)
@@ -343,7 +478,8 @@ def sample_main(argv): # Words of the command line
     print(f'{a.n} samples in {a.out}')
 
 # %% ../nbs/90_cli.ipynb #2dba5cee
-MOST_PIXELS = 178_956_970 # Of a picture: what Pillow, and programs that rest on it, open without refusing
+# Of a picture: what Pillow, and programs that rest on it, open without refusing
+MOST_PIXELS = 178_956_970
 
 def _sheet_size(n, shape, scale):
     "How a sheet is laid out: `(images in a row, pixels for one pixel)`; one that no program opens is refused"
@@ -351,8 +487,10 @@ def _sheet_size(n, shape, scale):
     columns = min(n, max(4, round(n**0.5)))
     width,height = columns*(shape[-1]*k+4), -(-n//columns)*(shape[-2]*k+4)
     if width*height>MOST_PIXELS:
-        raise ValueError(f'a sheet of {n} samples at --scale {k} has {width:,} x {height:,} pixels, '
-                         f'over the limit of {MOST_PIXELS:,}: give a smaller --scale or --n, or --out NAME.npz')
+        raise ValueError(
+            f'a sheet of {n} samples at --scale {k} has {width:,} x {height:,} pixels, '
+            f'over the limit of {MOST_PIXELS:,}: give a smaller --scale or --n, or --out NAME.npz'
+        )
     return columns,k
 
 def save_sheet(images, path, scale=None): # Bytes; file to write; pixels a pixel is drawn with, chosen when absent
@@ -393,13 +531,30 @@ def _as_options(text):
 
 # %% ../nbs/90_cli.ipynb #be09758f
 def _evaluate_options():
-    p = _Parser('dmd2_evaluate', 'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor')
+    p = _Parser(
+        'dmd2_evaluate',
+        'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor',
+    )
     add = p.add_argument
-    add('sources', nargs='+', help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images')
-    add('--data', default='fashion16', help="what to compare with: a recipe, images (.npz, .zip, folder), or statistics such as EDM's .npz")
-    add('--sweep', action='store_true',
-        help='sources are folders with checkpoints; the best one and the last are measured again with a fresh seed')
-    add('--features', help="feature extractor: small_classifier, lite0, inception, clip, dinov2, pixels; by default the recipe's")
+    add(
+        'sources',
+        nargs='+',
+        help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images',
+    )
+    add(
+        '--data',
+        default='fashion16',
+        help="what to compare with: a recipe, images (.npz, .zip, folder), or statistics such as EDM's .npz",
+    )
+    add(
+        '--sweep',
+        action='store_true',
+        help='sources are folders with checkpoints; the best one and the last are measured again with a fresh seed',
+    )
+    add(
+        '--features',
+        help="feature extractor: small_classifier, lite0, inception, clip, dinov2, pixels; by default the recipe's",
+    )
     add('--weights', help='local file or folder with the weights of --features')
     add('--download', action='store_true', help='fetch those weights where they are missing')
     add('--n', type=int, default=2000, help='samples of each')
@@ -413,7 +568,10 @@ def _evaluate_options():
 @command('dmd2_prepare', 'give fewer --workers')
 def prepare_main(argv): # Words of the command line
     "Turn a folder of images into the zip that training reads"
-    p = _Parser('dmd2_prepare', "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes")
+    p = _Parser(
+        'dmd2_prepare',
+        "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes",
+    )
     add = p.add_argument
     add('source', help='folder with one subfolder per class')
     add('out', help='the zip to write')
@@ -429,13 +587,26 @@ def prepare_main(argv): # Words of the command line
     _at_least(0, 1024, workers=a.workers)
     from dmd2_nb.system.image_files import prepare as pack
     from fastprogress.fastprogress import progress_bar
-    try: print(f'\n{pack(a.source, a.out, a.size, workers=a.workers, progress=progress_bar)} written')
+    try:
+        print(
+            f'\n{pack(a.source, a.out, a.size, workers=a.workers, progress=progress_bar)} written'
+        )
     except OSError as e:
-        raise OSError(f'{a.out} could not be written ({e.strerror})') if e.errno and not e.filename else e
+        raise (
+            OSError(f'{a.out} could not be written ({e.strerror})')
+            if e.errno and not e.filename
+            else e
+        )
 
 # %% ../nbs/90_cli.ipynb #ceab8a7c
 # Each command as a function of a list of words, under the name it has in a shell
-distill,sample,evaluate,prepare,train_teacher = distill_main,sample_main,evaluate_main,prepare_main,train_teacher_main
+distill, sample, evaluate, prepare, train_teacher = (
+    distill_main,
+    sample_main,
+    evaluate_main,
+    prepare_main,
+    train_teacher_main,
+)
 
 # %% ../nbs/90_cli.ipynb #e94e6193
 if __name__=='__main__': sys.exit(main())

@@ -17,7 +17,8 @@ from torch import nn, Tensor
 from .system.atomic import one_move, write_text
 from .system.plan import differences, fingerprint, identity, read_plan
 from .system.tensors import check_finite, few
-from .system.texts import first_captions, read_prompts, read_text  # read_prompts is handed on
+# read_prompts is handed on
+from .system.texts import first_captions, read_prompts, read_text
 from .core import rng
 from .evaluate import plus_minus, table
 from .features import Features, extract
@@ -34,11 +35,19 @@ def coco_captions(
 )->list: # Dicts with `image_id`, `file_name` and `caption`, one per image
     "One caption for each of n images of COCO 2014's validation set"
     try: data = json.loads(read_text(path))
-    except json.JSONDecodeError as e: raise ValueError(f'{path}: cannot be read as prompts: no JSON ({e})') from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{path}: cannot be read as prompts: no JSON ({e})') from None
     first = first_captions(data, path)
     ids = list(first)
-    if n: ids = [ids[i] for i in sorted(torch.randperm(len(ids), generator=rng(seed, len(ids)))[:n].tolist())]
-    return [dict(image_id=i, file_name=f'COCO_val2014_{i:012d}.jpg', caption=' '.join(first[i].split())) for i in ids]
+    if n:
+        ids = [
+            ids[i]
+            for i in sorted(torch.randperm(len(ids), generator=rng(seed, len(ids)))[:n].tolist())
+        ]
+    return [
+        dict(image_id=i, file_name=f'COCO_val2014_{i:012d}.jpg', caption=' '.join(first[i].split()))
+        for i in ids
+    ]
 
 # %% ../nbs/37_coco_eval.ipynb #08351c20
 def generate(
@@ -52,14 +61,25 @@ def generate(
     **facts,        # JSON-able: what else must be the same for a run to go on
 )->Path: # The folder: 000000.png ..., run.json
     "One picture per prompt (or `each`), resumable by index"
-    if isinstance(prompts, str): raise ValueError(f'prompts must be a list of texts, got one text: [{prompts[:40]!r}]')
+    if isinstance(prompts, str):
+        raise ValueError(f'prompts must be a list of texts, got one text: [{prompts[:40]!r}]')
     out = Path(out)
-    facts |= dict(seed=seed, each=each, n=len(prompts)*each, prompts=fingerprint(list(prompts)), networks=identity(_networks(draw)))
+    facts |= dict(
+        seed=seed,
+        each=each,
+        n=len(prompts) * each,
+        prompts=fingerprint(list(prompts)),
+        networks=identity(_networks(draw)),
+    )
     made = read_plan(out/'run.json')
     if made is not None:
         differ = differences(made, facts)
-        if differ: raise ValueError(f"{out}: was made with another {', '.join(d.split()[0] for d in differ[:6])} ({few(differ, 3)}); choose another folder")
-    elif list(out.glob('*.png')): raise ValueError(f'{out}: has pictures of unknown origin; choose another folder')
+        if differ:
+            raise ValueError(
+                f"{out}: was made with another {', '.join(d.split()[0] for d in differ[:6])} ({few(differ, 3)}); choose another folder"
+            )
+    elif list(out.glob('*.png')):
+        raise ValueError(f'{out}: has pictures of unknown origin; choose another folder')
     else: write_text(out/'run.json', json.dumps(facts, indent=1))
     todo = [i for i in range(facts['n']) if not (out/f'{i:06d}.png').exists()]
     for rows in (progress or iter)([todo[i:i+batch] for i in range(0, len(todo), batch)]):
@@ -73,24 +93,34 @@ def generate(
 def _drawn(pictures, rows, prompts):
     "What `draw` gave, if it is pictures: one of bytes for each prompt"
     what = f"pictures {rows[0]} to {rows[-1]} (the first: '{prompts[0][:60]}')"
-    if len(pictures)!=len(rows): raise ValueError(f'{what}: draw gave {len(pictures)} pictures for {len(rows)} prompts')
+    if len(pictures)!=len(rows):
+        raise ValueError(f'{what}: draw gave {len(pictures)} pictures for {len(rows)} prompts')
     for im,i,p in zip(pictures, rows, prompts):
         if isinstance(im, Tensor): check_finite(im, f"picture {i} ('{p[:60]}')")
-    if isinstance(pictures, Tensor) and pictures.dtype!=torch.uint8: raise ValueError(f'{what}: draw must give bytes (uint8), got {pictures.dtype}: see images.to_uint8')
+    if isinstance(pictures, Tensor) and pictures.dtype!=torch.uint8:
+        raise ValueError(
+            f'{what}: draw must give bytes (uint8), got {pictures.dtype}: see images.to_uint8'
+        )
     return pictures
 
 # %% ../nbs/37_coco_eval.ipynb #c1f7a102
 def _networks(draw, depth=3):
     "Networks that a function reaches by what it was made with, so that another model under the same name is noticed"
     held = getattr(draw, '__closure__', None) or ()
-    found = [getattr(draw, '__self__', None), getattr(draw, 'func', None), *getattr(draw, 'args', ()), *getattr(draw, 'keywords', {}).values()]
+    found = [
+        getattr(draw, '__self__', None),
+        getattr(draw, 'func', None),
+        *getattr(draw, 'args', ()),
+        *getattr(draw, 'keywords', {}).values(),
+    ]
     for c in held:
         try: found.append(c.cell_contents)
         except ValueError: pass  # a name that has no value yet
     out = []
     for o in [draw, *found]:
         if isinstance(o, nn.Module): out.append(o)
-        elif isinstance(parts := getattr(o, 'components', None), dict): out += [p for p in parts.values() if isinstance(p, nn.Module)]
+        elif isinstance(parts := getattr(o, 'components', None), dict):
+            out += [p for p in parts.values() if isinstance(p, nn.Module)]
         elif o is not draw and callable(o) and depth: out += _networks(o, depth-1)
     return out
 
@@ -115,24 +145,45 @@ class Photographs:
         def chosen(files):
             if names is None: return files
             there = {Path(n).name: n for n in files.names}
-            if len(there)<len(files.names): raise ValueError(f'{source}: {len(files.names)-len(there)} photographs have the name of another one in another folder')
-            if gone := [n for n in names if n not in there]: raise FileNotFoundError(f"{source}: {len(gone)} of {len(names)} photographs are missing: {', '.join(gone[:3])}{' ...' if len(gone)>3 else ''}")
+            if len(there)<len(files.names):
+                raise ValueError(
+                    f'{source}: {len(files.names) - len(there)} photographs have the name of another one in another folder'
+                )
+            if gone := [n for n in names if n not in there]:
+                raise FileNotFoundError(
+                    f"{source}: {len(gone)} of {len(names)} photographs are missing: {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}"
+                )
             files.names = [there[n] for n in names]
             return files
         middle = lambda im: center_patch(im.convert('RGB'), patch_size)
         whole = extract(chosen(folder_images(source, size)), features)
-        return cls(whole, extract(chosen(folder_images(source, change=middle, say=None)), features) if patch_size else None, features, size, patch_size)
+        return cls(
+            whole,
+            extract(chosen(folder_images(source, change=middle, say=None)), features)
+            if patch_size
+            else None,
+            features,
+            size,
+            patch_size,
+        )
 
+# %% ../nbs/37_coco_eval.ipynb #faf409bd
 def distances(
     folder,             # Generated pictures
     real:Photographs,   # What the pictures are compared with
 )->dict: # Numbers and their standard errors
     "All distances to the photographs"
-    row = compare_features(extract(folder_images(folder, real.size, say=None), real.features), real.whole, real.features.name)
+    row = compare_features(
+        extract(folder_images(folder, real.size, say=None), real.features),
+        real.whole,
+        real.features.name,
+    )
     if real.patch is not None:
         patch = 'patch_fid' if real.features.name=='inception' else 'patch_frechet'
         f = extract(patches(folder, real.patch_size), real.features)
-        row[patch],row[f'{patch}_se'] = frechet_jackknife(f, real.patch, min(10, len(f)//2, len(real.patch)//2))
+        row[patch], row[f'{patch}_se'] = frechet_jackknife(
+            f, real.patch, min(10, len(f) // 2, len(real.patch) // 2)
+        )
     return {k: v for k,v in row.items() if k not in ('n', 'features')}
 
 # %% ../nbs/37_coco_eval.ipynb #17853e52
@@ -151,7 +202,8 @@ def latency(
         if torch.cuda.is_available(): torch.cuda.synchronize()
         times.append(time.perf_counter()-t)
     t = times[warmup:]
-    return median(t), 1.25*stdev(t)/n**.5 if n>1 else 0.  # a median scatters 1.25 times as much as a mean
+    # a median scatters 1.25 times as much as a mean
+    return median(t), 1.25*stdev(t)/n**.5 if n>1 else 0.
 
 # %% ../nbs/37_coco_eval.ipynb #02762cb2
 def evaluate_prompts(
@@ -171,15 +223,22 @@ def evaluate_prompts(
 )->dict: # Name -> row
     "The paper's evaluation: one pass over all models, one table"
     out,rows,opts = Path(out),{},dict(seed=seed, batch=batch, progress=progress)
-    grid = ComparisonGrid(prompts[:show], 'Same prompts, same noise', f'{len(prompts)} prompts, seed {seed}')
+    grid = ComparisonGrid(
+        prompts[:show], 'Same prompts, same noise', f'{len(prompts)} prompts, seed {seed}'
+    )
     for name,m in models.items():
-        draw,row = preset_drawer(m, **pipe) if isinstance(m, Preset) else m,dict(n=len(prompts), seed=seed)
+        draw, row = (
+            preset_drawer(m, **pipe) if isinstance(m, Preset) else m,
+            dict(n=len(prompts), seed=seed),
+        )
         folder = generate(draw, prompts, out/name/'pictures', model=name, **opts)
         if real: row |= distances(folder, real)
         if clip: row['clip'],row['clip_se'] = clip_score(folder, prompts, clip)
         if lpips:
             some = diverse or prompts[:128]
-            row['lpips'],row['lpips_se'] = lpips_diversity(generate(draw, some, out/name/'diversity', each=4, model=name, **opts), lpips)
+            row['lpips'], row['lpips_se'] = lpips_diversity(
+                generate(draw, some, out / name / 'diversity', each=4, model=name, **opts), lpips
+            )
             row['lpips_n'] = len(some)
         if timed: row['seconds'],row['seconds_se'] = latency(draw, prompts, timed)
         if isinstance(m, Preset): row['evaluations'] = m.evaluations
@@ -201,4 +260,12 @@ def preset_drawer(preset, **kwargs): # `Preset` or its name; the rest as for `op
 
 def with_paper(rows:dict)->dict: # The rows, each followed by what the paper reports, labelled as such
     "The paper's numbers beside ours"
-    return {k: v for name,row in rows.items() for k,v in ((name, row), (f'{name} (paper)', PRESETS[name].paper if name in PRESETS else None)) if v}
+    return {
+        k: v
+        for name, row in rows.items()
+        for k, v in (
+            (name, row),
+            (f'{name} (paper)', PRESETS[name].paper if name in PRESETS else None),
+        )
+        if v
+    }

@@ -47,7 +47,9 @@ def seed_all(
 ):
     "Seed Python's, NumPy's and PyTorch's global generators"
     import numpy as np
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 def default_device()->torch.device: # The best device at hand
     "CUDA, then Apple's MPS, then the CPU"
@@ -60,7 +62,11 @@ def to_device(
 )->nn.Module: # The same network
     "Move a network; on CUDA its filters lie channels last, the order that convolutions are fastest in"
     device = torch.device(device or default_device())
-    return net.to(device, memory_format=torch.channels_last) if device.type=='cuda' else net.to(device)
+    return (
+        net.to(device, memory_format=torch.channels_last)
+        if device.type == 'cuda'
+        else net.to(device)
+    )
 
 # %% ../nbs/00_core.ipynb #c07e5a10
 def rng(
@@ -96,7 +102,9 @@ def compute_dtype(
     device=None,     # Device that computes; `default_device()` when absent
 )->torch.dtype: # What networks compute in; weights stay float32
     "The precision inside networks"
-    names = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64)
+    names = dict(
+        float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, float64=torch.float64
+    )
     if name in names: return names[name]
     if name!='auto': raise ValueError(f"dtype '{name}' is none of: auto, {', '.join(names)}")
     device = torch.device(device or default_device())
@@ -117,13 +125,18 @@ def cond_map(
     "Apply `f` leaf by leaf; trees of which some lack what others have are refused"
     c,kinds = conds[0],[_kind(o) for o in conds]
     other = next((k for k in kinds if k!=kinds[0]), None)
-    if other: raise ValueError(f'conditions differ: one is {kinds[0]}, another is {other}; give all of them alike, or none')
+    if other:
+        raise ValueError(
+            f'conditions differ: one is {kinds[0]}, another is {other}; give all of them alike, or none'
+        )
     if c is None: return None
     if isinstance(c, Tensor): return f(*conds)
     if isinstance(c, dict): return type(c)((k, cond_map(f, *(o[k] for o in conds))) for k in c)
     if hasattr(c, '_fields'): return type(c)(*(cond_map(f, *o) for o in zip(*conds)))
     if isinstance(c, (list, tuple)): return type(c)(cond_map(f, *o) for o in zip(*conds))
-    return type(c)(**{k: cond_map(f, *(getattr(o, k) for o in conds)) for k in c.__dataclass_fields__})
+    return type(c)(
+        **{k: cond_map(f, *(getattr(o, k) for o in conds)) for k in c.__dataclass_fields__}
+    )
 
 def _kind(c):
     "What a tree is at its top, in words"
@@ -158,7 +171,8 @@ def cond_cat(
 def _join(*ts):
     "Rows of one kind under one another: labels do not join one-hot rows"
     for t in ts[1:]:
-        if t.shape[1:]==ts[0].shape[1:] and t.is_floating_point()==ts[0].is_floating_point(): continue
+        if t.shape[1:]==ts[0].shape[1:] and t.is_floating_point()==ts[0].is_floating_point():
+            continue
         a,b = (f'{tuple(o.shape)} of {o.dtype}' for o in (ts[0], t))
         raise ValueError(f'conditions of two kinds cannot be joined: {a}, and {b}')
     return torch.cat(ts)
@@ -178,11 +192,17 @@ def cond_len(
     "Batch size of a tree"
     sizes = []
     def note(t):
-        if not t.ndim: raise ValueError(f'a condition has one row for each sample, got the single value {t.item()}')
+        if not t.ndim:
+            raise ValueError(
+                f'a condition has one row for each sample, got the single value {t.item()}'
+            )
         sizes.append(len(t))
         return t
     cond_map(note, c)
-    if len(set(sizes))>1: raise ValueError(f"the parts of a condition have different numbers of rows: {', '.join(map(str, sizes))}")
+    if len(set(sizes))>1:
+        raise ValueError(
+            f"the parts of a condition have different numbers of rows: {', '.join(map(str, sizes))}"
+        )
     return sizes[0] if sizes else 0
 
 # %% ../nbs/00_core.ipynb #aebc4d73
@@ -203,7 +223,9 @@ class EMA(nn.Module):
     def update(self, net:nn.Module):
         "One step towards `net`; buffers are copied"
         mine,theirs = list(self.net.parameters()),list(net.parameters())
-        torch._foreach_lerp_(mine, [p.detach().to(m.device, m.dtype) for m,p in zip(mine, theirs)], 1-self.decay)
+        torch._foreach_lerp_(
+            mine, [p.detach().to(m.device, m.dtype) for m, p in zip(mine, theirs)], 1 - self.decay
+        )
         for m,b in zip(self.net.buffers(), net.buffers()): m.copy_(b)
 
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
@@ -223,17 +245,25 @@ def check_number(
     "A number that is finite and within its bounds, or one line that names the setting"
     v = value.item() if hasattr(value, 'item') and getattr(value, 'ndim', None)==0 else value
     what = 'a whole number' if whole else 'a number'
-    if isinstance(v, bool) or not isinstance(v, Real): raise ValueError(f'{name} must be {what}, got {_short(value)}')
-    if not isinstance(v, Integral) and not isfinite(v): raise ValueError(f'{name} must be finite, got {v}')
-    if abs(v)>(2**63 if whole else 1e18): raise ValueError(f'{name} must be a number of fewer digits, got {_short(v)}')
+    if isinstance(v, bool) or not isinstance(v, Real):
+        raise ValueError(f'{name} must be {what}, got {_short(value)}')
+    if not isinstance(v, Integral) and not isfinite(v):
+        raise ValueError(f'{name} must be finite, got {v}')
+    if abs(v)>(2**63 if whole else 1e18):
+        raise ValueError(f'{name} must be a number of fewer digits, got {_short(v)}')
     if whole and v!=int(v): raise ValueError(f'{name} must be {what}, got {_short(v)}')
     v = int(v) if whole else float(v)
-    if 0 in (least, above) and v<0: raise ValueError(f'{name} must not be negative, got {_short(v)}')
-    if least is not None and v<least: raise ValueError(f'{name} must be at least {least}, got {_short(v)}')
-    if above is not None and v<=above: raise ValueError(f'{name} must be above {above}, got {_short(v)}')
-    if most is not None and v>most: raise ValueError(f'{name} must be at most {most}, got {_short(v)}')
+    if 0 in (least, above) and v<0:
+        raise ValueError(f'{name} must not be negative, got {_short(v)}')
+    if least is not None and v<least:
+        raise ValueError(f'{name} must be at least {least}, got {_short(v)}')
+    if above is not None and v<=above:
+        raise ValueError(f'{name} must be above {above}, got {_short(v)}')
+    if most is not None and v>most:
+        raise ValueError(f'{name} must be at most {most}, got {_short(v)}')
     return v
 
+# %% ../nbs/00_core.ipynb #187d47a7
 def check_numbers(
     name:str,  # Of the setting, for the error
     values,    # A list, tuple or tensor of numbers
@@ -243,7 +273,9 @@ def check_numbers(
     "Several numbers, each checked, or one line that names the setting"
     vs = values.tolist() if hasattr(values, 'tolist') else values
     if not isinstance(vs, (list, tuple)) or (n and len(vs)!=n):
-        raise ValueError(f"{name} must be {f'{n} numbers' if n else 'numbers'}, got {_short(values)}")
+        raise ValueError(
+            f"{name} must be {f'{n} numbers' if n else 'numbers'}, got {_short(values)}"
+        )
     return tuple(check_number(name, v, **bounds) for v in vs)
 
 def _short(value): return repr(value) if len(repr(value))<=60 else repr(value)[:57]+'...'
@@ -254,18 +286,23 @@ def checked(
     d:dict, # From JSON
 )->dict: # The same, fit for `cls(**d)`
     "JSON for a dataclass, or an error that names what is wrong"
-    if not isinstance(d, dict): raise ValueError(f'a config is a dict of fields, not a {type(d).__name__}')
+    if not isinstance(d, dict):
+        raise ValueError(f'a config is a dict of fields, not a {type(d).__name__}')
     unknown = sorted(str(k) for k in set(d)-{f.name for f in fields(cls)})
-    if unknown: raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}"[:200])
+    if unknown:
+        raise ValueError(f"unknown config field{'s'*(len(unknown)>1)}: {', '.join(unknown)}"[:200])
     for f in fields(cls):
-        if f.name in d and f.default is not MISSING: _check_kind(f'config field {f.name}', d[f.name], type(f.default))
+        if f.name in d and f.default is not MISSING:
+            _check_kind(f'config field {f.name}', d[f.name], type(f.default))
     return d
 
 def _check_kind(name, value, kind):
     "A value of JSON of the kind that the default has"
     if kind in (int, float): check_number(name, value, whole=kind is int)
-    if kind is str and not isinstance(value, str): raise ValueError(f'{name} must be a text, got {_short(value)}')
-    if kind is bool and not isinstance(value, bool): raise ValueError(f'{name} must be true or false, got {_short(value)}')
+    if kind is str and not isinstance(value, str):
+        raise ValueError(f'{name} must be a text, got {_short(value)}')
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f'{name} must be true or false, got {_short(value)}')
     if kind is tuple: check_numbers(name, value if isinstance(value, (list, tuple)) else [value])
 
 # %% ../nbs/00_core.ipynb #c07e5a13
@@ -276,23 +313,34 @@ def batch_stream(
 ): # Yields batches
     "Batches one after the other; where they end too early, one line says after how many"
     if batches is None: yield from repeat(None)
-    single = isinstance(batches, (dict, str)) or any(hasattr(batches, o) for o in ('shape', '_fields', '__dataclass_fields__'))
+    single = isinstance(batches, (dict, str)) or any(
+        hasattr(batches, o) for o in ('shape', '_fields', '__dataclass_fields__')
+    )
     if single or not hasattr(batches, '__iter__'):
-        raise ValueError(f'{name} must be an iterator, a list or a DataLoader of batches, got one {type(batches).__name__}; '
-                         'itertools.repeat(batch) gives the same batch again and again')
+        raise ValueError(
+            f'{name} must be an iterator, a list or a DataLoader of batches, got one {type(batches).__name__}; '
+            'itertools.repeat(batch) gives the same batch again and again'
+        )
     n = 0
     for b in batches:
         yield b
         n += 1
     if wanted is not None:
-        raise ValueError(f"{name} ended after {n} batch{'es'*(n!=1)} of the {wanted} wanted: give more of them, or ask for fewer iterations")
+        raise ValueError(
+            f"{name} ended after {n} batch{'es' * (n != 1)} of the {wanted} wanted: give more of them, or ask for fewer iterations"
+        )
 
 # %% ../nbs/00_core.ipynb #c07e5a16
 def torch_settings()->dict: # Name -> value, JSON-able
     "What a program can set for all of PyTorch and what changes a run's numbers"
-    return dict(default_dtype=str(torch.get_default_dtype()).removeprefix('torch.'), default_device=torch.get_default_device().type,
-                deterministic=torch.are_deterministic_algorithms_enabled(), matmul_precision=torch.get_float32_matmul_precision(),
-                cudnn_deterministic=torch.backends.cudnn.deterministic, cudnn_benchmark=torch.backends.cudnn.benchmark)
+    return dict(
+        default_dtype=str(torch.get_default_dtype()).removeprefix('torch.'),
+        default_device=torch.get_default_device().type,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        matmul_precision=torch.get_float32_matmul_precision(),
+        cudnn_deterministic=torch.backends.cudnn.deterministic,
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+    )
 
 def check_torch(
     dtype=torch.float32, # Of the weights: with float64 weights a default dtype of float64 is right
@@ -300,12 +348,22 @@ def check_torch(
     "Refuse to train under a global setting that would change the numbers in silence"
     default,wide = torch.get_default_dtype(),dtype if dtype==torch.float64 else torch.float32
     if default not in (torch.float32, wide):
-        raise ValueError(f"PyTorch's default dtype is {default}, the weights are {dtype}: call torch.set_default_dtype({wide}) before training")
+        raise ValueError(
+            f"PyTorch's default dtype is {default}, the weights are {dtype}: call torch.set_default_dtype({wide}) before training"
+        )
     if torch.get_default_device().type!='cpu':
-        raise ValueError(f"PyTorch's default device is {torch.get_default_device()}: call torch.set_default_device('cpu') and move the networks instead")
-    if not torch.is_grad_enabled(): raise ValueError('gradients are switched off: train outside of torch.no_grad() and torch.inference_mode()')
+        raise ValueError(
+            f"PyTorch's default device is {torch.get_default_device()}: call torch.set_default_device('cpu') and move the networks instead"
+        )
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            'gradients are switched off: train outside of torch.no_grad() and torch.inference_mode()'
+        )
     for kind in ('cpu', 'cuda'):
-        if torch.is_autocast_enabled(kind): raise ValueError(f"training under torch.autocast('{kind}') changes its losses: leave autocast, and set the config's dtype")
+        if torch.is_autocast_enabled(kind):
+            raise ValueError(
+                f"training under torch.autocast('{kind}') changes its losses: leave autocast, and set the config's dtype"
+            )
 
 # %% ../nbs/00_core.ipynb #c07e5a1a
 @contextmanager
@@ -324,7 +382,20 @@ def plain_torch(
     flags = (exact and was['cudnn_deterministic'], False)
     put(torch.float32, None, exact and was['deterministic'], exact and only_warn, 'highest', flags)
     try:
-        with torch.autocast('cpu', enabled=False), torch.autocast('cuda', enabled=False), torch.inference_mode(False), torch.enable_grad(): yield
+        with (
+            torch.autocast('cpu', enabled=False),
+            torch.autocast('cuda', enabled=False),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            yield
     finally:
         flags = was['cudnn_deterministic'],was['cudnn_benchmark']
-        put(getattr(torch, was['default_dtype']), None if device.type=='cpu' else device, was['deterministic'], only_warn, was['matmul_precision'], flags)
+        put(
+            getattr(torch, was['default_dtype']),
+            None if device.type == 'cpu' else device,
+            was['deterministic'],
+            only_warn,
+            was['matmul_precision'],
+            flags,
+        )

@@ -37,9 +37,11 @@ class Pace:
             self.next = now+max(self.every, (now-start)/self.share)
 
 # %% ../nbs/40_dashboard.ipynb #815c616b
-STYLE = ('.dmd2board{background:#fff;color:#222;font:11px/1.5 system-ui,sans-serif;padding:8px;max-width:1120px} .dmd2board text{font:10px system-ui,sans-serif;fill:#555} '
-         '.dmd2board .t{font-weight:600;font-size:11px;fill:#222} .dmd2board .p{display:flex;flex-wrap:wrap;gap:10px} .dmd2board figure{margin:0;max-width:100%} '
-         '.dmd2board .b{height:6px;background:#e4e4e4;margin:4px 0 8px} .dmd2board .b i{display:block;height:6px;background:#1f6fb4}')
+STYLE = (
+    '.dmd2board{background:#fff;color:#222;font:11px/1.5 system-ui,sans-serif;padding:8px;max-width:1120px} .dmd2board text{font:10px system-ui,sans-serif;fill:#555} '
+    '.dmd2board .t{font-weight:600;font-size:11px;fill:#222} .dmd2board .p{display:flex;flex-wrap:wrap;gap:10px} .dmd2board figure{margin:0;max-width:100%} '
+    '.dmd2board .b{height:6px;background:#e4e4e4;margin:4px 0 8px} .dmd2board .b i{display:block;height:6px;background:#1f6fb4}'
+)
 
 def clock(
     seconds:float, # Time left or gone
@@ -63,15 +65,40 @@ class Dashboard:
         panels=PANELS,   # What may be drawn, in order
         ncols=8,         # Images in a row
     ):
-        self.samples,self.reference,self.file,self.title,self.loggers = samples,reference,file and Path(file),title,tuple(loggers)
+        self.samples, self.reference, self.file, self.title, self.loggers = (
+            samples,
+            reference,
+            file and Path(file),
+            title,
+            tuple(loggers),
+        )
         self.log_every,self.panels,self.ncols = log_every,panels,ncols
-        self.drawing,self.sampling,self.filing,self.other = Pace(every, share),Pace(every, share),Pace(max(every, 5.), share),Pace(0., 1.)
-        self.rows,self.x,self.handle,self.progress,self.done,self.ended = [],None,None,None,False,None
+        self.drawing, self.sampling, self.filing, self.other = (
+            Pace(every, share),
+            Pace(every, share),
+            Pace(max(every, 5.0), share),
+            Pace(0.0, 1.0),
+        )
+        self.rows, self.x, self.handle, self.progress, self.done, self.ended = (
+            [],
+            None,
+            None,
+            None,
+            False,
+            None,
+        )
 
     # -- as the bar of `follow` --
     def bar(self, total:int, start:int=0):
         "Begin, at step `start` of `total`"
-        self.total,self.start,self.step,self.began,self.ended,self.done = total,start,start,time.monotonic(),None,False
+        self.total, self.start, self.step, self.began, self.ended, self.done = (
+            total,
+            start,
+            start,
+            time.monotonic(),
+            None,
+            False,
+        )
         self.rows = [o for o in self.rows if o['step']<=start]
         self.progress = Progress(total, start)
         self._draw()
@@ -111,8 +138,16 @@ class Dashboard:
             for step,log in enumerate(logs, start+1):
                 with self.other.working(): means.add(log)
                 if step%self.log_every==0 or step==total:
-                    row = dict(step=step, seconds=time.monotonic()-began)|means.take()  # waits for the device
-                    self.update(step, ' '.join(f'{k} {row[k]:.3g}' for k in ('loss', 'dmd_loss', 'fake_loss', 'gan_g_loss') if k in row))
+                    # waits for the device
+                    row = dict(step=step, seconds=time.monotonic()-began)|means.take()
+                    self.update(
+                        step,
+                        ' '.join(
+                            f'{k} {row[k]:.3g}'
+                            for k in ('loss', 'dmd_loss', 'fake_loss', 'gan_g_loss')
+                            if k in row
+                        ),
+                    )
                     self.row(row)
                 yield log
         finally: self.close()
@@ -129,7 +164,11 @@ class Dashboard:
     @property
     def cost(self): # Share of the run's time, without the last drawing
         "What watching has cost"
-        spent = self.spent if self.done else sum(o.spent for o in (self.drawing, self.sampling, self.filing, self.other))
+        spent = (
+            self.spent
+            if self.done
+            else sum(o.spent for o in (self.drawing, self.sampling, self.filing, self.other))
+        )
         return spent/max((self.ended or time.monotonic())-self.began, 1e-9)
 
     def html(self,
@@ -139,13 +178,25 @@ class Dashboard:
         gone = (self.ended or time.monotonic())-self.began
         left = gone/(self.step-self.start)*(self.total-self.step) if self.step>self.start else None
         state = ('finished' if self.step>=self.total else 'stopped') if self.done else 'running'
-        head = f'<b>{html.escape(self.title)}</b> · {state} · step {self.step} of {self.total} · {clock(gone)} gone' + (f' · {clock(left)} left' if left and not self.done else '')
-        head += f'<div class="b"><i style="width:{100*self.step/max(self.total, 1):.1f}%"></i></div>'
-        plots = ''.join(f'<figure>{svg_plot(p, d, self.total)}<br>{legend(d)}</figure>' for p,d in present(self.rows, self.panels))
+        head = (
+            f'<b>{html.escape(self.title)}</b> · {state} · step {self.step} of {self.total} · {clock(gone)} gone'
+            + (f' · {clock(left)} left' if left and not self.done else '')
+        )
+        head += f'<div class="b"><i style="width:{100 * self.step / max(self.total, 1):.1f}%"></i></div>'
+        plots = ''.join(
+            f'<figure>{svg_plot(p, d, self.total)}<br>{legend(d)}</figure>'
+            for p, d in present(self.rows, self.panels)
+        )
         points = self.x is not None and self.x.ndim==2
-        shown = '' if self.x is None else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
-        return (f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
-                f'<div class="p">{plots}{shown}</div>{f"watching took {100*self.cost:.1f} % of the time" if gone>20 or self.done else ""}</div>')
+        shown = (
+            ''
+            if self.x is None
+            else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
+        )
+        return (
+            f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
+            f'<div class="p">{plots}{shown}</div>{f"watching took {100 * self.cost:.1f} % of the time" if gone > 20 or self.done else ""}</div>'
+        )
 
     def page(self)->str:
         "A whole HTML page, with everything in it"
@@ -166,9 +217,17 @@ class Dashboard:
         if last:
             import matplotlib.pyplot as plt
             fig,f = figure(self.rows, self.x, self.reference, self.panels, self.ncols),io.BytesIO()
-            fig.savefig(f, format='png'); plt.close(fig)
-            self.handle.update({'image/png': base64.b64encode(f.getvalue()).decode(), 'text/plain': f'{self.title}: step {self.step} of {self.total}'}, raw=True)
-        elif self.handle is None or not self.rows: self.handle = display(HTML(self.html(bar=False)), display_id=True)
+            fig.savefig(f, format='png')
+            plt.close(fig)
+            self.handle.update(
+                {
+                    'image/png': base64.b64encode(f.getvalue()).decode(),
+                    'text/plain': f'{self.title}: step {self.step} of {self.total}',
+                },
+                raw=True,
+            )
+        elif self.handle is None or not self.rows:
+            self.handle = display(HTML(self.html(bar=False)), display_id=True)
         else: self.handle.update(HTML(self.html(bar=False)))
 
 # %% ../nbs/40_dashboard.ipynb #02ca7546
@@ -178,7 +237,10 @@ class TensorBoardLog:
         folder, # Where `tensorboard --logdir` looks
     ):
         try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: raise ImportError("TensorBoardLog needs tensorboard: pip install 'dmd2_nb[tensorboard]'") from None
+        except ImportError:
+            raise ImportError(
+                "TensorBoardLog needs tensorboard: pip install 'dmd2_nb[tensorboard]'"
+            ) from None
         self.writer = SummaryWriter(str(folder))
 
     def add(self, row:dict):
@@ -195,7 +257,8 @@ class WandbLog:
         **kwargs,       # For `wandb.init`: config, name, mode='offline'
     ):
         try: import wandb
-        except ImportError: raise ImportError("WandbLog needs wandb: pip install 'dmd2_nb[wandb]'") from None
+        except ImportError:
+            raise ImportError("WandbLog needs wandb: pip install 'dmd2_nb[wandb]'") from None
         self.run = wandb.init(project=project, **kwargs)
 
     def add(self, row:dict):

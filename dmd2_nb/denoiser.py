@@ -10,7 +10,15 @@ import torch
 from torch import nn, Tensor
 
 from .core import append_dims, at_least_float32, cond_cat, cond_index, cond_map, cond_repeat
-from .noise import add_noise, bin_sigmas, edm_scalings, edm_weight, loss_weight, prior, sample_sigma
+from dmd2_nb.noise import (
+    add_noise,
+    bin_sigmas,
+    edm_scalings,
+    edm_weight,
+    loss_weight,
+    prior,
+    sample_sigma,
+)
 
 # %% ../nbs/05_denoiser.ipynb #2afc0e2c
 class EDMPrecond(nn.Module):
@@ -22,14 +30,22 @@ class EDMPrecond(nn.Module):
         sigma_max:float=80.,    # Highest
     ):
         super().__init__()
-        self.model,self.sigma_data,self.sigma_min,self.sigma_max = net,sigma_data,sigma_min,sigma_max
+        self.model, self.sigma_data, self.sigma_min, self.sigma_max = (
+            net,
+            sigma_data,
+            sigma_min,
+            sigma_max,
+        )
 
     @property
     def shape(self): return self.model.shape
 
     def _inputs(self, x, sigma):
         "Scalings in at least float32, and the network's two inputs"
-        if sigma.ndim!=1: raise ValueError(f'sigma must be (b,), one level for each sample, got shape {tuple(sigma.shape)}')
+        if sigma.ndim!=1:
+            raise ValueError(
+                f'sigma must be (b,), one level for each sample, got shape {tuple(sigma.shape)}'
+            )
         if sigma.device.type=='cpu' and not torch.compiler.is_compiling() and not (sigma>0).all():
             raise ValueError(f'sigma must be above 0 for a network, got {sigma.min():.3g}')
         x,sigma = at_least_float32(x),at_least_float32(sigma).to(x.device)
@@ -99,7 +115,9 @@ class Guided(nn.Module):
         if u is None: d_c,d_u = self.D(x, sigma, cond),self.D(x, sigma, None)
         else:
             u = cond_map(lambda t,c: t.to(c).expand(c.shape), u, cond)
-            d_c,d_u = self.D(torch.cat((x, x)), torch.cat((sigma, sigma)), cond_cat(cond, u)).chunk(2)
+            d_c, d_u = self.D(
+                torch.cat((x, x)), torch.cat((sigma, sigma)), cond_cat(cond, u)
+            ).chunk(2)
         return d_u + self.scale*(d_c-d_u)
 
     def __getattr__(self, name):

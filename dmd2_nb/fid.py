@@ -22,7 +22,12 @@ from .features import Features, batches_of, extract, fetched
 from .system.tensors import check_finite, read_state_dict
 from .system.image_files import center_patch, folder_images
 from .images import to_float, to_uint8
-from .metrics import feature_stats, frechet_distance, kid as kid_features, knn_precision_recall
+from dmd2_nb.metrics import (
+    feature_stats,
+    frechet_distance,
+    kid as kid_features,
+    knn_precision_recall,
+)
 from .system.zips import npz_names, read_npz
 
 # %% ../nbs/25_fid.ipynb #a0b8f518
@@ -41,12 +46,17 @@ class Stats:
         for x in (progress or iter)(batches_of(images, features.batch)):
             f = features(x)
             f = f.to('cpu' if f.device.type=='mps' else f.device, torch.float64)
-            if n==0: first,s,ss = f.mean(0),f.new_zeros(f.shape[1]),f.new_zeros(f.shape[1], f.shape[1])
+            if n==0:
+                first,s,ss = f.mean(0),f.new_zeros(f.shape[1]),f.new_zeros(f.shape[1], f.shape[1])
             c = f-first  # sums about a point within the data lose no digits
             n,s,ss = n+len(f),s+c.sum(0),ss.addmm_(c.T, c)
         if n<2: raise ValueError(f'{n} images have no covariance')
         mu,cov = first+s/n,(ss-torch.outer(s, s)/n)/(n-1)
-        check_finite(dict(mean=mu, covariance=cov), f'statistics of {n} images', 'an image is not finite, or the network overflows')
+        check_finite(
+            dict(mean=mu, covariance=cov),
+            f'statistics of {n} images',
+            'an image is not finite, or the network overflows',
+        )
         return cls(features.name, n, mu, cov)
 
     @classmethod
@@ -65,16 +75,27 @@ class Stats:
     def load(cls, path):
         "From npz with `mu` and `sigma`, such as EDM's reference files"
         a = read_npz(path, ('mu', 'sigma', 'n', 'features'))
-        if missing := [k for k in ('mu', 'sigma') if k not in a]: raise ValueError(f"{path}: has no {' and no '.join(missing)}, only {', '.join(npz_names(path)) or 'nothing'}")
+        if missing := [k for k in ('mu', 'sigma') if k not in a]:
+            raise ValueError(
+                f"{path}: has no {' and no '.join(missing)}, only {', '.join(npz_names(path)) or 'nothing'}"
+            )
         mu,cov = (torch.from_numpy(np.asarray(a[k], dtype='float64')) for k in ('mu', 'sigma'))
-        if mu.ndim!=1 or cov.shape!=(len(mu),)*2: raise ValueError(f'{path}: mu {tuple(mu.shape)} and sigma {tuple(cov.shape)} do not go together')
-        if not (mu.isfinite().all() and cov.isfinite().all()): raise ValueError(f'{path}: mu or sigma is not finite')
+        if mu.ndim!=1 or cov.shape!=(len(mu),)*2:
+            raise ValueError(
+                f'{path}: mu {tuple(mu.shape)} and sigma {tuple(cov.shape)} do not go together'
+            )
+        if not (mu.isfinite().all() and cov.isfinite().all()):
+            raise ValueError(f'{path}: mu or sigma is not finite')
         return cls(str(a.get('features', '')), int(a.get('n', 0)), mu, cov)
 
 # %% ../nbs/25_fid.ipynb #20e89b65
 def warn_few(n, d): # Images and features
     "Say so where a covariance cannot be known"
-    if n and n<d: warnings.warn(f'{n} images for {d} features: the covariance is singular and the Fréchet distance far too large; look at KID', stacklevel=4)
+    if n and n<d:
+        warnings.warn(
+            f'{n} images for {d} features: the covariance is singular and the Fréchet distance far too large; look at KID',
+            stacklevel=4,
+        )
 
 def as_stats(
     o,             # `Stats`, an .npz of them, a feature matrix (n, d), or images as for `batches_of`
@@ -86,11 +107,15 @@ def as_stats(
         try: is_stats = 'mu' in npz_names(o)
         except (OSError, ValueError): is_stats = True  # `load` says what is wrong
         if is_stats: o = Stats.load(o)
-    if isinstance(o, Tensor) and o.ndim==2: o = Stats.of_features(o, features.name if features else '')
+    if isinstance(o, Tensor) and o.ndim==2:
+        o = Stats.of_features(o, features.name if features else '')
     if not isinstance(o, Stats):
         if features is None: raise ValueError('images need `features` to be compared')
         o = Stats.of(o, features)
-    if features and o.name and o.name!=features.name: raise ValueError(f"{where}reference statistics are of '{o.name}' features, not of '{features.name}'")
+    if features and o.name and o.name!=features.name:
+        raise ValueError(
+            f"{where}reference statistics are of '{o.name}' features, not of '{features.name}'"
+        )
     warn_few(o.n, len(o.mu))
     return o
 
@@ -101,16 +126,21 @@ def frechet_of(
 )->float: # Squared distance; its name is 'Fréchet distance of NAME features'
     "Fréchet distance of any features"
     a,b = as_stats(a, features),as_stats(b, features)
-    if a.name and b.name and a.name!=b.name: raise ValueError(f"features '{a.name}' and '{b.name}' cannot be compared")
+    if a.name and b.name and a.name!=b.name:
+        raise ValueError(f"features '{a.name}' and '{b.name}' cannot be compared")
     return frechet_distance(a.mu, a.cov, b.mu.to(a.mu.device), b.cov.to(a.mu.device))
 
+# %% ../nbs/25_fid.ipynb #aff1644b
 def fid(
     a,        # Images, a folder, or statistics, as for `as_stats`
     b,        # The reference, likewise: EDM's npz files work
     features, # `inception()`: FID is defined by that network alone
 )->float:
     "Fréchet Inception distance"
-    if features.name!='inception': raise ValueError(f"FID is defined on Inception features; with '{features.name}' call `frechet_of`, and call it that")
+    if features.name!='inception':
+        raise ValueError(
+            f"FID is defined on Inception features; with '{features.name}' call `frechet_of`, and call it that"
+        )
     return frechet_of(a, b, features)
 
 # %% ../nbs/25_fid.ipynb #21701f82
@@ -123,7 +153,11 @@ def frechet_jackknife(
     def moments(f):
         perm = torch.randperm(len(f), generator=torch.Generator().manual_seed(len(f))).to(f.device)
         parts = [f[p].double() for p in perm.tensor_split(blocks)]
-        return torch.tensor([len(p) for p in parts]),torch.stack([p.sum(0) for p in parts]),torch.stack([p.T@p for p in parts])
+        return (
+            torch.tensor([len(p) for p in parts]),
+            torch.stack([p.sum(0) for p in parts]),
+            torch.stack([p.T @ p for p in parts]),
+        )
     def stats(n, s, ss):
         return s/n, (ss-torch.outer(s, s)/n)/(n-1)
     if len(fa)<2*blocks: raise ValueError(f'{len(fa)} images are too few for {blocks} blocks')
@@ -132,7 +166,12 @@ def frechet_jackknife(
     ma,mb = moments(fa-fa.mean(0)),None if fixed else moments(fb-fa.mean(0))
     ref = (fb.mu.to(fa.device)-fa.mean(0).double(), fb.cov.to(fa.device)) if fixed else None
     def dist(drop=None):
-        a,b = (None if m is None else stats(*(t.sum(0)-(t[drop] if drop is not None else 0) for t in m)) for m in (ma, mb))
+        a, b = (
+            None
+            if m is None
+            else stats(*(t.sum(0) - (t[drop] if drop is not None else 0) for t in m))
+            for m in (ma, mb)
+        )
         return frechet_distance(*a, *(b or ref))
     left = torch.tensor([dist(i) for i in range(blocks)], dtype=torch.float64)
     return dist(), ((blocks-1)/blocks*((left-left.mean())**2).sum()).sqrt().item()
@@ -150,10 +189,14 @@ def kid(
 def as_features(o, features=None)->Tensor: # Images or features; the extractor that turns the first into the second
     "Images or features, as features"
     if isinstance(o, Tensor) and o.ndim==2: return o
-    if isinstance(o, Stats): raise ValueError('this needs the features of all images; means and covariances are not enough')
+    if isinstance(o, Stats):
+        raise ValueError(
+            'this needs the features of all images; means and covariances are not enough'
+        )
     if features is None: raise ValueError('images need `features` to be compared')
     return extract(o, features)
 
+# %% ../nbs/25_fid.ipynb #5377cb7b
 def kid_subsets(
     fa:Tensor,        # Features, (n, d)
     fb:Tensor,        # Features of the reference, (m, d)
@@ -162,12 +205,21 @@ def kid_subsets(
     seed:int=2020,    # torch-fidelity's, so that its subsets are drawn
 )->tuple: # (mean, spread over subsets)
     "KID as it is customarily reported"
-    if min(len(fa), len(fb))<size: raise ValueError(f'subsets of {size} cannot be drawn from {len(fa)} and {len(fb)} images')
+    if min(len(fa), len(fb))<size:
+        raise ValueError(f'subsets of {size} cannot be drawn from {len(fa)} and {len(fb)} images')
     r,out = np.random.RandomState(seed),[]
     for _ in range(subsets):
-        x,y = (f[torch.from_numpy(r.choice(len(f), size, replace=False)).to(f.device)].double() for f in (fa, fb))
+        x, y = (
+            f[torch.from_numpy(r.choice(len(f), size, replace=False)).to(f.device)].double()
+            for f in (fa, fb)
+        )
         kxx,kyy,kxy = ((u@v.T/u.shape[1]+1)**3 for u,v in ((x, x), (y, y), (x, y)))
-        out.append(((kxx.sum()-kxx.trace()+kyy.sum()-kyy.trace())/(size*(size-1)) - 2*kxy.mean()).item())
+        out.append(
+            (
+                (kxx.sum() - kxx.trace() + kyy.sum() - kyy.trace()) / (size * (size - 1))
+                - 2 * kxy.mean()
+            ).item()
+        )
     return float(np.mean(out)), float(np.std(out))
 
 # %% ../nbs/25_fid.ipynb #fec37182
@@ -204,10 +256,19 @@ def patches(
     size:int=299,    # Side of the patch
 ): # For `extract`, `fid` ...
     "Centre patches at full resolution; what is smaller is enlarged"
-    if isinstance(images, (str, Path)): return folder_images(images, change=lambda im: center_patch(im.convert('RGB'), size))
+    if isinstance(images, (str, Path)):
+        return folder_images(images, change=lambda im: center_patch(im.convert('RGB'), size))
     def cut(x):
         h,w = x.shape[-2:]
-        if min(h, w)<size: return to_uint8(F.interpolate(x.float() if x.is_floating_point() else to_float(x), (size, size), mode='bicubic', antialias=True))
+        if min(h, w)<size:
+            return to_uint8(
+                F.interpolate(
+                    x.float() if x.is_floating_point() else to_float(x),
+                    (size, size),
+                    mode='bicubic',
+                    antialias=True,
+                )
+            )
         t,l = (h-size)//2,(w-size)//2
         return x[...,t:t+size,l:l+size]
     return (cut(x) for x in batches_of(images, 16))
@@ -234,11 +295,14 @@ def lpips_diversity(
     out,rest = [],None
     for x in batches_of(images, 4*each):
         x = x if x.is_floating_point() else to_float(x)
-        if size and x.shape[-2:]!=(size, size): x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
+        if size and x.shape[-2:]!=(size, size):
+            x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(-1, 1)
         x = x if rest is None else torch.cat([rest, x])
-        for g in x[:len(x)//each*each].split(each): out.append(distance(g[i], g[j]).cpu().double().mean())
+        for g in x[:len(x)//each*each].split(each):
+            out.append(distance(g[i], g[j]).cpu().double().mean())
         rest = x[len(x)//each*each:]
-    if not out or len(rest): raise ValueError(f'the number of images must be a multiple of {each}, at least {each}')
+    if not out or len(rest):
+        raise ValueError(f'the number of images must be a multiple of {each}, at least {each}')
     v = torch.stack(out)
     return v.mean().item(), (v.std()/len(v)**.5).item() if len(v)>1 else 0.
 
@@ -252,12 +316,16 @@ def lpips(
 ): # `distance(x, y) -> (b,)`
     "LPIPS with VGG-16: torchmetrics' graph and fitted weights, backbone weights from torchvision's file"
     try: from torchmetrics.functional.image.lpips import _LPIPS
-    except ImportError: raise ImportError("lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'") from None
+    except ImportError:
+        raise ImportError(
+            "lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'"
+        ) from None
     path = fetched(VGG_URL, 'lpips', '553 MB', path, download, '397923af')
     net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_state_dict(path)
     for name,p in net.net.named_parameters():  # sliceK.LAYER.weight is features.LAYER.weight
         key = 'features.'+name.split('.', 1)[1]
-        if key not in sd or sd[key].shape!=p.shape: raise ValueError(f'{path}: {key} is missing or misshapen, not the weights of VGG-16')
+        if key not in sd or sd[key].shape!=p.shape:
+            raise ValueError(f'{path}: {key} is missing or misshapen, not the weights of VGG-16')
         p.data.copy_(sd[key])
     net = net.eval().requires_grad_(False).to(device)
     return lambda x,y: net(x.to(device), y.to(device)).flatten()
@@ -271,9 +339,13 @@ def inception_score(
 )->tuple: # (mean, spread over splits)
     "exp of the mutual information between image and class, as torch-fidelity computes it"
     try: from torch_fidelity.metric_isc import isc_features_to_metric
-    except ImportError: raise ImportError("the inception score needs the package torch-fidelity: pip install 'dmd2_nb[eval]'") from None
+    except ImportError:
+        raise ImportError(
+            "the inception score needs the package torch-fidelity: pip install 'dmd2_nb[eval]'"
+        ) from None
     logits = as_features(a, features)
-    if len(logits)<splits: raise ValueError(f'{len(logits)} images cannot be cut into {splits} splits')
+    if len(logits)<splits:
+        raise ValueError(f'{len(logits)} images cannot be cut into {splits} splits')
     return tuple(isc_features_to_metric(logits.cpu(), splits, True, seed).values())
 
 # %% ../nbs/25_fid.ipynb #4f6d4ca5
@@ -298,6 +370,16 @@ def compare_features(
     "All distances between two sets of features"
     fd,blocks = 'fid' if name=='inception' else 'frechet',min(blocks, len(fa)//2, len(fb)//2)
     row = dict(zip(('kid', 'kid_se'), kid_features(fa, fb, blocks)))
-    if fa.shape[1]<=2048: row |= dict(zip((fd, f'{fd}_se'), frechet_jackknife(fa, fb, blocks)))  # a wider covariance takes minutes, and more images than anyone draws
-    row |= dict(zip(('precision', 'precision_se', 'recall', 'recall_se'), knn_precision_recall(fa, fb, k, blocks)))
-    return {k: v for k,v in row.items() if v==v} | {'n': len(fa), 'n_real': len(fb), 'features': name}
+    # a wider covariance takes minutes, and more images than anyone draws
+    if fa.shape[1]<=2048: row |= dict(zip((fd, f'{fd}_se'), frechet_jackknife(fa, fb, blocks)))
+    row |= dict(
+        zip(
+            ('precision', 'precision_se', 'recall', 'recall_se'),
+            knn_precision_recall(fa, fb, k, blocks),
+        )
+    )
+    return {k: v for k, v in row.items() if v == v} | {
+        'n': len(fa),
+        'n_real': len(fb),
+        'features': name,
+    }

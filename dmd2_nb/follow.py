@@ -53,7 +53,10 @@ class Progress:
         if now-self.last<self.every and step<self.total: return
         self.last = now
         left = (now-self.began)/max(step-self.start, 1)*(self.total-step)
-        print(f'{step}/{self.total}, {now-self.began:.0f} s, {left:.0f} s left: {comment}', flush=True)
+        print(
+            f'{step}/{self.total}, {now - self.began:.0f} s, {left:.0f} s left: {comment}',
+            flush=True,
+        )
 
     def row(self, row:dict): pass  # for bars that show more: each row of the log
     def close(self): pass          # and the end, however it comes
@@ -95,10 +98,12 @@ def follow(
                 bar.row(row)
                 book.check(step, row)
             leave = asked.name
-            if agree: leave = agree(leave) if at(log_every) or saving else None  # they ask each other now and then
+            # they ask each other now and then
+            if agree: leave = agree(leave) if at(log_every) or saving else None
             if save and (saving or leave): book.save(step, save[1])
             for f in later: book.aside(f, step)
-            if leave: raise Stopped(leave, f' at iteration {step}' + (', which is saved' if save else ''))
+            if leave:
+                raise Stopped(leave, f' at iteration {step}' + (', which is saved' if save else ''))
     return book.seconds
 
 # %% ../nbs/19d_follow.ipynb #d060ca05
@@ -133,13 +138,20 @@ class _Book:
         bad = [k for k,v in row.items() if not math.isfinite(v)]
         if bad:
             what = f"{', '.join(bad)} {'is' if len(bad)==1 else 'are'} not finite"
-            raise ValueError(f'the run has diverged at step {step}: {what}; try lower learning rates')
+            raise ValueError(
+                f'the run has diverged at step {step}: {what}; try lower learning rates'
+            )
 
     def save(self, step, write):
         "A checkpoint, when all rows up to here are on the disk; its time is no training"
         now = time.perf_counter()
         fsync(self.file.path)
-        write(step, seconds=self.seconds+now-self.clock, means=self.means.state(), rows=self.file.mark())
+        write(
+            step,
+            seconds=self.seconds + now - self.clock,
+            means=self.means.state(),
+            rows=self.file.mark(),
+        )
         self.clock += time.perf_counter()-now
 
     def aside(self, f, step):
@@ -196,4 +208,8 @@ def _rows(n, batch, seed, start):
 
 def _send(rows, device):
     "Small tensors travel to a GPU without waiting"
-    return rows.pin_memory().to(device, non_blocking=True) if device.type=='cuda' else rows.to(device)
+    return (
+        rows.pin_memory().to(device, non_blocking=True)
+        if device.type == 'cuda'
+        else rows.to(device)
+    )

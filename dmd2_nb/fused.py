@@ -53,34 +53,51 @@ def _kernels():
     def apply(x_, a_, b_, y_, HW, C, ACT: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
         n = tl.program_id(1)
         at,ok,cols = tile_(n, tl.program_id(0), HW, C, T, BC)
-        a,b = tl.load(a_ + n*C + cols, mask=cols<C, other=0.),tl.load(b_ + n*C + cols, mask=cols<C, other=0.)
+        a, b = (
+            tl.load(a_ + n * C + cols, mask=cols < C, other=0.0),
+            tl.load(b_ + n * C + cols, mask=cols < C, other=0.0),
+        )
         z = tl.load(x_ + at, mask=ok, other=0.).to(tl.float32)*a[None,:] + b[None,:]
         if ACT: z = z*tl.sigmoid(z)
         tl.store(y_ + at, z.to(y_.dtype.element_ty), mask=ok)
     @triton.jit
     def residual(x_, h_, b_, y_, HW, C, T: tl.constexpr, BC: tl.constexpr):
         at,ok,cols = tile_(tl.program_id(1), tl.program_id(0), HW, C, T, BC)
-        x,h = tl.load(x_ + at, mask=ok, other=0.).to(tl.float32),tl.load(h_ + at, mask=ok, other=0.).to(tl.float32)
+        x, h = (
+            tl.load(x_ + at, mask=ok, other=0.0).to(tl.float32),
+            tl.load(h_ + at, mask=ok, other=0.0).to(tl.float32),
+        )
         y = x + h + tl.load(b_ + cols, mask=cols<C, other=0.)[None,:]
         tl.store(y_ + at, y.to(y_.dtype.element_ty), mask=ok)
     @triton.jit
     def corner(n, t, HW, W, C, T: tl.constexpr, BC: tl.constexpr):
         rows,cols = t*T + tl.arange(0, T),tl.arange(0, BC)
-        return (n*4*HW + rows//W*4*W + rows%W*2)[:,None]*C + cols[None,:]  # the first of four pixels, on the map of twice the side
+        # the first of four pixels, on the map of twice the side
+        return (n*4*HW + rows//W*4*W + rows%W*2)[:,None]*C + cols[None,:]
     @triton.jit
     def pool(x_, y_, HW, W, C, K: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
         n,t = tl.program_id(1),tl.program_id(0)
         at,ok,_ = tile_(n, t, HW, C, T, BC)
         o = x_ + corner(n, t, HW, W, C, T, BC)
-        y = tl.load(o, mask=ok, other=0.).to(tl.float32) + tl.load(o + C, mask=ok, other=0.).to(tl.float32)
-        y += tl.load(o + 2*W*C, mask=ok, other=0.).to(tl.float32) + tl.load(o + 2*W*C + C, mask=ok, other=0.).to(tl.float32)
+        y = tl.load(o, mask=ok, other=0.0).to(tl.float32) + tl.load(o + C, mask=ok, other=0.0).to(
+            tl.float32
+        )
+        y += tl.load(o + 2 * W * C, mask=ok, other=0.0).to(tl.float32) + tl.load(
+            o + 2 * W * C + C, mask=ok, other=0.0
+        ).to(tl.float32)
         tl.store(y_ + at, (y*K).to(y_.dtype.element_ty), mask=ok)
     @triton.jit
     def spread(x_, y_, HW, W, C, K: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
         n,t = tl.program_id(1),tl.program_id(0)
         at,ok,_ = tile_(n, t, HW, C, T, BC)
-        o,y = y_ + corner(n, t, HW, W, C, T, BC),(tl.load(x_ + at, mask=ok, other=0.).to(tl.float32)*K).to(y_.dtype.element_ty)
-        tl.store(o, y, mask=ok); tl.store(o + C, y, mask=ok); tl.store(o + 2*W*C, y, mask=ok); tl.store(o + 2*W*C + C, y, mask=ok)
+        o, y = (
+            y_ + corner(n, t, HW, W, C, T, BC),
+            (tl.load(x_ + at, mask=ok, other=0.0).to(tl.float32) * K).to(y_.dtype.element_ty),
+        )
+        tl.store(o, y, mask=ok)
+        tl.store(o + C, y, mask=ok)
+        tl.store(o + 2*W*C, y, mask=ok)
+        tl.store(o + 2*W*C + C, y, mask=ok)
     @triton.jit
     def slope(x, dy, a, b, ACT: tl.constexpr):
         if ACT:
@@ -89,22 +106,54 @@ def _kernels():
             dy = dy*s*(1 + z*(1-s))
         return dy
     @triton.jit
-    def back_sums(x_, dy_, a_, b_, out_, HW, C, ACT: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
+    def back_sums(
+        x_, dy_, a_, b_, out_, HW, C, ACT: tl.constexpr, T: tl.constexpr, BC: tl.constexpr
+    ):
         n,t,nt = tl.program_id(1),tl.program_id(0),tl.num_programs(0)
         at,ok,cols = tile_(n, t, HW, C, T, BC)
-        a,b = tl.load(a_ + n*C + cols, mask=cols<C, other=0.),tl.load(b_ + n*C + cols, mask=cols<C, other=0.)
-        x,dy = tl.load(x_ + at, mask=ok, other=0.).to(tl.float32),tl.load(dy_ + at, mask=ok, other=0.).to(tl.float32)
+        a, b = (
+            tl.load(a_ + n * C + cols, mask=cols < C, other=0.0),
+            tl.load(b_ + n * C + cols, mask=cols < C, other=0.0),
+        )
+        x, dy = (
+            tl.load(x_ + at, mask=ok, other=0.0).to(tl.float32),
+            tl.load(dy_ + at, mask=ok, other=0.0).to(tl.float32),
+        )
         dz = slope(x, dy, a, b, ACT)
         o = (n*nt + t)*2*C + cols
         tl.store(out_ + o, tl.sum(dz, 0), mask=cols<C)
         tl.store(out_ + o + C, tl.sum(dz*x, 0), mask=cols<C)
     @triton.jit
-    def back_apply(x_, dy_, a_, b_, p_, q_, r_, dx_, HW, C, ACT: tl.constexpr, T: tl.constexpr, BC: tl.constexpr):
+    def back_apply(
+        x_,
+        dy_,
+        a_,
+        b_,
+        p_,
+        q_,
+        r_,
+        dx_,
+        HW,
+        C,
+        ACT: tl.constexpr,
+        T: tl.constexpr,
+        BC: tl.constexpr,
+    ):
         n = tl.program_id(1)
         at,ok,cols = tile_(n, tl.program_id(0), HW, C, T, BC)
-        a,b = tl.load(a_ + n*C + cols, mask=cols<C, other=0.),tl.load(b_ + n*C + cols, mask=cols<C, other=0.)
-        p,q,r = tl.load(p_ + n*C + cols, mask=cols<C, other=0.),tl.load(q_ + n*C + cols, mask=cols<C, other=0.),tl.load(r_ + n*C + cols, mask=cols<C, other=0.)
-        x,dy = tl.load(x_ + at, mask=ok, other=0.).to(tl.float32),tl.load(dy_ + at, mask=ok, other=0.).to(tl.float32)
+        a, b = (
+            tl.load(a_ + n * C + cols, mask=cols < C, other=0.0),
+            tl.load(b_ + n * C + cols, mask=cols < C, other=0.0),
+        )
+        p, q, r = (
+            tl.load(p_ + n * C + cols, mask=cols < C, other=0.0),
+            tl.load(q_ + n * C + cols, mask=cols < C, other=0.0),
+            tl.load(r_ + n * C + cols, mask=cols < C, other=0.0),
+        )
+        x, dy = (
+            tl.load(x_ + at, mask=ok, other=0.0).to(tl.float32),
+            tl.load(dy_ + at, mask=ok, other=0.0).to(tl.float32),
+        )
         dx = slope(x, dy, a, b, ACT)*p[None,:] + x*q[None,:] + r[None,:]
         tl.store(dx_ + at, dx.to(dx_.dtype.element_ty), mask=ok)
     @triton.jit
@@ -117,12 +166,42 @@ def _kernels():
         return s1, s2
     @triton.jit
     def gains(A_, B_, S_, H_, n, cols, ok, sA, sB, sS, sH, MOD: tl.constexpr, BD: tl.constexpr):
-        A,B = tl.load(A_ + n*sA + cols, mask=ok, other=0.).to(tl.float32),tl.load(B_ + n*sB + cols, mask=ok, other=0.).to(tl.float32)
+        A, B = (
+            tl.load(A_ + n * sA + cols, mask=ok, other=0.0).to(tl.float32),
+            tl.load(B_ + n * sB + cols, mask=ok, other=0.0).to(tl.float32),
+        )
         s,h = tl.full([BD], 1., tl.float32),tl.zeros([BD], tl.float32)
-        if MOD: s,h = s + tl.load(S_ + n*sS + cols, mask=ok, other=0.).to(tl.float32),tl.load(H_ + n*sH + cols, mask=ok, other=0.).to(tl.float32)
+        if MOD:
+            s, h = (
+                s + tl.load(S_ + n * sS + cols, mask=ok, other=0.0).to(tl.float32),
+                tl.load(H_ + n * sH + cols, mask=ok, other=0.0).to(tl.float32),
+            )
         return A, B, s, h
     @triton.jit
-    def fold(part_, A_, B_, S_, H_, pre_, out_, m_, N, HW, C, NT, D, eps, sA, sB, sS, sH, sP, MOD: tl.constexpr, PRE: tl.constexpr, BD: tl.constexpr):
+    def fold(
+        part_,
+        A_,
+        B_,
+        S_,
+        H_,
+        pre_,
+        out_,
+        m_,
+        N,
+        HW,
+        C,
+        NT,
+        D,
+        eps,
+        sA,
+        sB,
+        sS,
+        sH,
+        sP,
+        MOD: tl.constexpr,
+        PRE: tl.constexpr,
+        BD: tl.constexpr,
+    ):
         g,n,j = tl.program_id(0),tl.program_id(1),tl.arange(0, BD)
         ok,cols = j<D,g*D + j
         s1,s2 = total(part_, n, cols, ok, C, NT, BD)
@@ -133,27 +212,77 @@ def _kernels():
         var = tl.sum(s2 + p*(2*s1 + HW*p), 0)/(HW*D) - mu*mu
         r = 1/tl.sqrt(tl.maximum(var, 0.) + eps)
         o = out_ + n*C + cols
-        tl.store(o, r*A, mask=ok); tl.store(o + N*C, B - (mu-p)*r*A, mask=ok); tl.store(o + 2*N*C, s1, mask=ok)
-        tl.store(m_ + 2*(n*tl.num_programs(0) + g), mu); tl.store(m_ + 2*(n*tl.num_programs(0) + g) + 1, r)
+        tl.store(o, r*A, mask=ok)
+        tl.store(o + N*C, B - (mu-p)*r*A, mask=ok)
+        tl.store(o + 2*N*C, s1, mask=ok)
+        tl.store(m_ + 2*(n*tl.num_programs(0) + g), mu)
+        tl.store(m_ + 2*(n*tl.num_programs(0) + g) + 1, r)
     @triton.jit
-    def back_fold(part_, A_, B_, S_, H_, pre_, s1_, m_, out_, dS_, dH_, N, HW, C, NT, D, sA, sB, sS, sH, sP, MOD: tl.constexpr, PRE: tl.constexpr, BD: tl.constexpr):
+    def back_fold(
+        part_,
+        A_,
+        B_,
+        S_,
+        H_,
+        pre_,
+        s1_,
+        m_,
+        out_,
+        dS_,
+        dH_,
+        N,
+        HW,
+        C,
+        NT,
+        D,
+        sA,
+        sB,
+        sS,
+        sH,
+        sP,
+        MOD: tl.constexpr,
+        PRE: tl.constexpr,
+        BD: tl.constexpr,
+    ):
         g,n,j = tl.program_id(0),tl.program_id(1),tl.arange(0, BD)
         ok,cols = j<D,g*D + j
         S1,S2 = total(part_, n, cols, ok, C, NT, BD)
         A,B,s,h = gains(A_, B_, S_, H_, n, cols, ok, sA, sB, sS, sH, MOD, BD)
         p = tl.zeros([BD], tl.float32)
         if PRE: p = tl.load(pre_ + n*sP + cols, mask=ok, other=0.).to(tl.float32)
-        mu,r = tl.load(m_ + 2*(n*tl.num_programs(0) + g)),tl.load(m_ + 2*(n*tl.num_programs(0) + g) + 1)
+        mu, r = (
+            tl.load(m_ + 2 * (n * tl.num_programs(0) + g)),
+            tl.load(m_ + 2 * (n * tl.num_programs(0) + g) + 1),
+        )
         dA = r*(S2 + p*S1 - mu*S1)  # with x + pre in the place of x
         q = -r*r*tl.sum(A*s*dA, 0)/(HW*D)
         k = -q*mu - r*tl.sum(A*s*S1, 0)/(HW*D) + q*p
         o = out_ + n*C + cols
-        tl.store(o, q + tl.zeros([BD], tl.float32), mask=ok); tl.store(o + N*C, k, mask=ok)
-        tl.store(o + 2*N*C, dA*s, mask=ok); tl.store(o + 3*N*C, S1*s, mask=ok)
-        if PRE: tl.store(o + 4*N*C, r*A*s*S1 + q*tl.load(s1_ + n*C + cols, mask=ok, other=0.) + HW*k, mask=ok)
-        if MOD: tl.store(dS_ + n*C + cols, (dA*A + S1*B).to(dS_.dtype.element_ty), mask=ok); tl.store(dH_ + n*C + cols, S1.to(dH_.dtype.element_ty), mask=ok)
+        tl.store(o, q + tl.zeros([BD], tl.float32), mask=ok)
+        tl.store(o + N*C, k, mask=ok)
+        tl.store(o + 2*N*C, dA*s, mask=ok)
+        tl.store(o + 3*N*C, S1*s, mask=ok)
+        if PRE:
+            tl.store(
+                o + 4 * N * C,
+                r * A * s * S1 + q * tl.load(s1_ + n * C + cols, mask=ok, other=0.0) + HW * k,
+                mask=ok,
+            )
+        if MOD:
+            tl.store(dS_ + n*C + cols, (dA*A + S1*B).to(dS_.dtype.element_ty), mask=ok)
+            tl.store(dH_ + n*C + cols, S1.to(dH_.dtype.element_ty), mask=ok)
 
-    return dict(sums=sums, apply=apply, back_sums=back_sums, back_apply=back_apply, residual=residual, fold=fold, back_fold=back_fold, pool=pool, spread=spread)
+    return dict(
+        sums=sums,
+        apply=apply,
+        back_sums=back_sums,
+        back_apply=back_apply,
+        residual=residual,
+        fold=fold,
+        back_fold=back_fold,
+        pool=pool,
+        spread=spread,
+    )
 
 # %% ../nbs/20c_fused.ipynb #5aaa3edd
 _cache = {}
@@ -169,7 +298,11 @@ def _launch(name, x, *args, out=None, **const):
     "Run one kernel over tiles of pixels; with `out` 'sums' returns those of each tile, (b, tiles, 2, c) float32"
     n,c,h,w = x.shape
     tiles,size = _tiles(c, h*w)
-    y = torch.empty(n, tiles, 2, c, device=x.device, dtype=torch.float32) if out=='sums' else torch.empty_like(x, memory_format=torch.channels_last)
+    y = (
+        torch.empty(n, tiles, 2, c, device=x.device, dtype=torch.float32)
+        if out == 'sums'
+        else torch.empty_like(x, memory_format=torch.channels_last)
+    )
     _cache[name][(tiles, n)](x, *args, y, h*w, c, **const, **size)
     return y
 
@@ -179,7 +312,14 @@ def _resize(name, x, k):
     n,c,h,w = x.shape
     if name=='pool': h,w = h//2,w//2
     tiles,size = _tiles(c, h*w)
-    y = torch.empty(n, c, *((h, w) if name=='pool' else (2*h, 2*w)), device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty(
+        n,
+        c,
+        *((h, w) if name == 'pool' else (2 * h, 2 * w)),
+        device=x.device,
+        dtype=x.dtype,
+        memory_format=torch.channels_last,
+    )
     _cache[name][(tiles, n)](x, y, h*w, w, c, K=k, **size)
     return y
 
@@ -195,16 +335,39 @@ class _NormSilu(torch.autograd.Function):
     def forward(ctx, x, A, B, groups, eps, pre, act, scale=None, shift=None):
         x = x.contiguous(memory_format=torch.channels_last)
         n,c,h,w = x.shape
-        rows = [None if t is None else t if t.stride(-1)==1 else t.contiguous() for t in (A, B, scale, shift, pre)]
+        rows = [
+            None if t is None else t if t.stride(-1) == 1 else t.contiguous()
+            for t in (A, B, scale, shift, pre)
+        ]
         if scale is not None and shift is None: rows[3] = torch.zeros_like(rows[2])
-        step = [0 if t is None or t.ndim==1 else t.stride(0) for t in rows]  # rows of one channel vector are all the same
-        ctx.const,ctx.shared = dict(MOD=scale is not None, PRE=pre is not None),[t is not None and t.ndim==1 for t in (A, B, pre)]
+        # rows of one channel vector are all the same
+        step = [0 if t is None or t.ndim==1 else t.stride(0) for t in rows]
+        ctx.const, ctx.shared = (
+            dict(MOD=scale is not None, PRE=pre is not None),
+            [t is not None and t.ndim == 1 for t in (A, B, pre)],
+        )
         part = _launch('sums', x, out='sums')
         out,m = part.new_empty(3, n, c),part.new_empty(n, groups, 2)
         args = [A if t is None else t for t in rows]
-        _small('fold', part, groups, *args, out, m, n, h*w, c, part.shape[1], c//groups, eps, *step, **ctx.const)
+        _small(
+            'fold',
+            part,
+            groups,
+            *args,
+            out,
+            m,
+            n,
+            h * w,
+            c,
+            part.shape[1],
+            c // groups,
+            eps,
+            *step,
+            **ctx.const,
+        )
         a,b,s1 = out.unbind()                                   # z = x*a + b
-        ctx.save_for_backward(x, *args, a, b, s1, m); ctx.step,ctx.act = step,act
+        ctx.save_for_backward(x, *args, a, b, s1, m)
+        ctx.step,ctx.act = step,act
         return _launch('apply', x, a, b, ACT=act)
 
     @staticmethod
@@ -215,14 +378,47 @@ class _NormSilu(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         part = _launch('back_sums', x, dy, a, b, out='sums', ACT=ctx.act)
         out = part.new_empty(4+ctx.const['PRE'], n, c)
-        dS,dH = (torch.empty(n, c, dtype=t.dtype, device=x.device) if ctx.const['MOD'] else x for t in args[2:4])
-        _small('back_fold', part, g, *args, s1, m, out, dS, dH, n, h*w, c, part.shape[1], c//g, *ctx.step, **ctx.const)
-        dx = _launch('back_apply', x, dy, a, b, a, out[0], out[1], ACT=ctx.act)        # dz*a + x*p + k
-        rows = list(out[2:])                                                           # of A, B and pre, of each sample
+        dS, dH = (
+            torch.empty(n, c, dtype=t.dtype, device=x.device) if ctx.const['MOD'] else x
+            for t in args[2:4]
+        )
+        _small(
+            'back_fold',
+            part,
+            g,
+            *args,
+            s1,
+            m,
+            out,
+            dS,
+            dH,
+            n,
+            h * w,
+            c,
+            part.shape[1],
+            c // g,
+            *ctx.step,
+            **ctx.const,
+        )
+        # dz*a + x*p + k
+        dx = _launch('back_apply', x, dy, a, b, a, out[0], out[1], ACT=ctx.act)
+        # of A, B and pre, of each sample
+        rows = list(out[2:])
         one = 2+ctx.shared[2] if all(ctx.shared[:2]) and any(need[i] for i in (1, 2, 5)) else 0
-        if one: rows[:one] = out[2:2+one].sum(1)                                       # one reduction for all of them; autograd sums what is left
+        # one reduction for all of them; autograd sums what is left
+        if one: rows[:one] = out[2:2+one].sum(1)
         mod = ctx.const['MOD'] and (need[7] or need[8])
-        return dx, rows[0], rows[1], None, None, (rows[2] if need[5] else None), None, (dS if mod else None), (dH if mod and need[8] else None)
+        return (
+            dx,
+            rows[0],
+            rows[1],
+            None,
+            None,
+            (rows[2] if need[5] else None),
+            None,
+            (dS if mod else None),
+            (dH if mod and need[8] else None),
+        )
 
 # %% ../nbs/20c_fused.ipynb #9691a878
 class _Resize(torch.autograd.Function):
@@ -233,19 +429,28 @@ class _Resize(torch.autograd.Function):
         return _resize(name, x, .25 if name=='pool' else 1.)
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy): return (_resize('spread', dy, .25) if ctx.name=='pool' else _resize('pool', dy, 1.)), None
+    def backward(ctx, dy):
+        return (_resize('spread', dy, .25) if ctx.name=='pool' else _resize('pool', dy, 1.)), None
 
 def halve(
     x:Tensor, # (b, c, h, w), h and w even
 )->Tensor: # (b, c, h/2, w/2)
     "Mean of 2x2 pixels"
-    return _Resize.apply(x, 'pool') if fusable(x) and x.shape[2]%2==x.shape[3]%2==0 else F.avg_pool2d(x, 2)
+    return (
+        _Resize.apply(x, 'pool')
+        if fusable(x) and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        else F.avg_pool2d(x, 2)
+    )
 
 def double(
     x:Tensor, # (b, c, h, w)
 )->Tensor: # (b, c, 2h, 2w)
     "Each pixel four times"
-    return _Resize.apply(x, 'spread') if fusable(x) else F.interpolate(x, scale_factor=2., mode='nearest')
+    return (
+        _Resize.apply(x, 'spread')
+        if fusable(x)
+        else F.interpolate(x, scale_factor=2.0, mode='nearest')
+    )
 
 # %% ../nbs/20c_fused.ipynb #9779a46c
 class _Residual(torch.autograd.Function):
@@ -258,11 +463,22 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         dy = dy.contiguous(memory_format=torch.channels_last)
-        return dy, dy, _launch('sums', dy, out='sums')[:,:,0].sum((0, 1)) if ctx.needs_input_grad[2] else None
+        return (
+            dy,
+            dy,
+            _launch('sums', dy, out='sums')[:, :, 0].sum((0, 1))
+            if ctx.needs_input_grad[2]
+            else None,
+        )
 
 def fusable(x:Tensor)->bool: # Input of the norm, (b, c, *dims)
     "Whether the fused path takes `x`: a CUDA device, half precision, switched on"
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and fused.on and not torch.compiler.is_compiling()
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and fused.on
+        and not torch.compiler.is_compiling()
+    )
 
 def residual(
     x:Tensor,    # Skip path, (b, c, h, w)
@@ -285,11 +501,17 @@ def norm_silu(
     shift:Tensor=None, # Added to the offset then, (b, c)
 )->Tensor: # Like `x`; channels-last on the fused path
     "Group norm, gain, offset and SiLU: fused on a CUDA device in half precision, plain elsewhere"
-    return (_NormSilu.apply if fusable(x) else norm_silu_plain)(x, A, B, groups, eps, pre, act, scale, shift)
+    return (_NormSilu.apply if fusable(x) else norm_silu_plain)(
+        x, A, B, groups, eps, pre, act, scale, shift
+    )
 
 class fused:
     "Switch of the fused path, also a context: `with fused(False): ...`"
     on = True
-    def __init__(self, on=True): self.was,fused.on = fused.on,on # Whether fused kernels are used inside the block
+    def __init__(self,
+        on=True, # Whether fused kernels are used inside the block
+    ):
+        self.was = fused.on
+        fused.on = on
     def __enter__(self): return self
     def __exit__(self, *_): fused.on = self.was

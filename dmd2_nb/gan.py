@@ -21,20 +21,39 @@ class GanHead(nn.Sequential):
     def __init__(self,
         shape:tuple, # Features without batch: (c, h, w) with h = w = 4, 8, 16, 32, or (d,)
     ):
-        if len(shape)==1: super().__init__(nn.Linear(shape[0], shape[0]), nn.SiLU(), nn.Linear(shape[0], 1)); return
-        if len(shape)!=3: raise ValueError(f'the head takes features (c, h, w) or (d,), got {tuple(shape)}')
+        if len(shape)==1:
+            super().__init__(nn.Linear(shape[0], shape[0]), nn.SiLU(), nn.Linear(shape[0], 1))
+            return
+        if len(shape)!=3:
+            raise ValueError(f'the head takes features (c, h, w) or (d,), got {tuple(shape)}')
         c,h,w = shape
         n = int(math.log2(h/4)) if h>=4 else -1
-        if h!=w or n<0 or h!=4*2**n: raise ValueError(f'the head takes square maps of side 4, 8, 16, 32 ..., got {h}x{w}')
-        groups = math.gcd(c, 32 if c>=512 else max(c//16, 1))  # 16 or more channels a group: the last map is one pixel, and the norm of one number is nothing
-        block = lambda stride,pad: [nn.Conv2d(c, c, 4, stride, pad), nn.GroupNorm(groups, c), nn.SiLU()]
-        super().__init__(*[m for _ in range(n) for m in block(2, 1)], *block(4, 0), nn.Conv2d(c, 1, 1))
+        if h!=w or n<0 or h!=4*2**n:
+            raise ValueError(f'the head takes square maps of side 4, 8, 16, 32 ..., got {h}x{w}')
+        # 16 or more channels a group: the last map is one pixel, and the norm of one number is
+        # nothing
+        groups = math.gcd(c, 32 if c>=512 else max(c//16, 1))
+        block = lambda stride, pad: [
+            nn.Conv2d(c, c, 4, stride, pad),
+            nn.GroupNorm(groups, c),
+            nn.SiLU(),
+        ]
+        super().__init__(
+            *[m for _ in range(n) for m in block(2, 1)], *block(4, 0), nn.Conv2d(c, 1, 1)
+        )
 
     def forward(self,
         h:Tensor, # Features, (b, *shape)
     )->Tensor: # Logits, (b, 1), high for real
-        return at_least_float32(super().forward(h.to(self[0].weight.dtype) if not torch.is_autocast_enabled(h.device.type) else h).flatten(1))
+        return at_least_float32(
+            super()
+            .forward(
+                h.to(self[0].weight.dtype) if not torch.is_autocast_enabled(h.device.type) else h
+            )
+            .flatten(1)
+        )
 
+# %% ../nbs/12_gan.ipynb #a9ffc5ea
 def noisy_logits(
     fake,         # Fake score with `encode`
     head,         # `GanHead`
@@ -58,4 +77,7 @@ def gan_d_loss(
     fake_logits:Tensor, # Logits of generated samples
 )->Tensor: # ()
     "The discriminator's loss (DMD2, section 4.3)"
-    return F.softplus(at_least_float32(fake_logits)).mean() + F.softplus(-at_least_float32(real_logits)).mean()
+    return (
+        F.softplus(at_least_float32(fake_logits)).mean()
+        + F.softplus(-at_least_float32(real_logits)).mean()
+    )

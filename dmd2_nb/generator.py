@@ -31,11 +31,19 @@ class FewStepGenerator:
         styles=(),     # Names of its styles, when the condition has any
         **meta,        # Anything else to keep in the file
     ):
-        self.G,self.levels,self.classes,self.styles,self.meta = G.eval(),tuple(float(l) for l in check_sigmas(list(levels))),list(classes),list(styles),meta
+        self.G, self.levels, self.classes, self.styles, self.meta = (
+            G.eval(),
+            tuple(float(l) for l in check_sigmas(list(levels))),
+            list(classes),
+            list(styles),
+            meta,
+        )
 
     @property
     def device(self): return next(self.G.parameters()).device
-    def to(self, device): self.G.to(device); return self
+    def to(self, device):
+        self.G.to(device)
+        return self
 
     def condition(self,
         n:int,         # Rows
@@ -51,7 +59,11 @@ class FewStepGenerator:
         y = _pick(self.classes, label, n, rng(seed, 1))
         if not self.styles: return y.to(self.device)
         style = _pick(self.styles, style, n, rng(seed, 2))
-        return torch.cat((F.one_hot(y, len(self.classes)), F.one_hot(style, len(self.styles))), 1).float().to(self.device)
+        return (
+            torch.cat((F.one_hot(y, len(self.classes)), F.one_hot(style, len(self.styles))), 1)
+            .float()
+            .to(self.device)
+        )
 
     @torch.no_grad()
     def sample(self,
@@ -66,8 +78,20 @@ class FewStepGenerator:
         if batch is not None: batch = check_number('batch', batch, 1, whole=True)
         named = isinstance(cond, (str, Integral, list, tuple)) or getattr(cond, 'ndim', None)==0
         if cond is None or named: cond = self.condition(n, cond, style, seed)
-        elif style is not None: raise ValueError('style goes with a class by name or number: a ready condition has its own')
-        parts = few_step_batches(self.G, torch.tensor(self.levels), self.G.shape, n, cond, seed=seed, batch=batch, device=self.device)
+        elif style is not None:
+            raise ValueError(
+                'style goes with a class by name or number: a ready condition has its own'
+            )
+        parts = few_step_batches(
+            self.G,
+            torch.tensor(self.levels),
+            self.G.shape,
+            n,
+            cond,
+            seed=seed,
+            batch=batch,
+            device=self.device,
+        )
         x = torch.cat(list(parts))
         return x.clamp(-1, 1) if x.ndim==4 else x
 
@@ -76,7 +100,10 @@ class FewStepGenerator:
         dtype=None, # Store as, for example torch.float16
     )->Path:
         "Write the generator for `from_pretrained`"
-        folder,facts = Path(folder),dict(levels=list(self.levels), classes=self.classes, styles=self.styles, **self.meta)
+        folder, facts = (
+            Path(folder),
+            dict(levels=list(self.levels), classes=self.classes, styles=self.styles, **self.meta),
+        )
         save_denoiser(self.G, folder/'generator.safetensors', dtype, **facts)
         write_text(folder/'config.json', json.dumps(facts, indent=1))
         return folder
@@ -89,10 +116,12 @@ class FewStepGenerator:
         "Read what `save_pretrained` wrote"
         path = Path(path)
         G,meta = load_denoiser(path/'generator.safetensors' if path.is_dir() else path, device)
-        if 'levels' not in meta: raise ValueError(f'{path} is a denoiser without levels: a teacher, not a generator')
+        if 'levels' not in meta:
+            raise ValueError(f'{path} is a denoiser without levels: a teacher, not a generator')
         levels,names = meta.pop('levels'),[meta.pop(k, ()) for k in ('classes', 'styles')]
         try: return cls(G, levels, *names, **meta)
-        except (TypeError, ValueError) as e: raise ValueError(f'{path} has metadata that cannot be used ({e})') from None
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'{path} has metadata that cannot be used ({e})') from None
 
     def push_to_hub(self,
         repo_id:str, # Repository on the Hugging Face hub, user/name
@@ -103,7 +132,9 @@ class FewStepGenerator:
         from huggingface_hub import HfApi
         with tempfile.TemporaryDirectory() as d:
             HfApi().create_repo(repo_id, exist_ok=True)
-            return HfApi().upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(d), **kwargs)
+            return HfApi().upload_folder(
+                repo_id=repo_id, folder_path=self.save_pretrained(d), **kwargs
+            )
 
 # %% ../nbs/15b_generator.ipynb #1c11e032
 def _pick(names, v, n, generator):
@@ -116,7 +147,8 @@ def _pick(names, v, n, generator):
 def _index(names, v):
     "Position of a name or number, or an error that lists the names"
     if isinstance(v, str):
-        if v not in names: raise ValueError(f"unknown label '{v}': known are {', '.join(names)}"[:600])
+        if v not in names:
+            raise ValueError(f"unknown label '{v}': known are {', '.join(names)}"[:600])
         return names.index(v)
     v = check_number('a label', v, whole=True)
     if not 0<=v<len(names): raise ValueError(f'label {v} is not in 0..{len(names)-1}')
@@ -128,6 +160,7 @@ def load_generator(
 )->FewStepGenerator:
     "Open a generator from a folder, a file or by its bundled name"
     p = Path(name_or_path)
-    if not p.exists() and len(p.parts)==1 and not p.suffix: p = data_path(f'weights/{name_or_path}.safetensors')
+    if not p.exists() and len(p.parts)==1 and not p.suffix:
+        p = data_path(f'weights/{name_or_path}.safetensors')
     elif not p.exists(): raise FileNotFoundError(f'{p} does not exist')
     return FewStepGenerator.from_pretrained(p, device)

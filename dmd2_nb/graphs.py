@@ -66,7 +66,8 @@ class GraphRunner(PlainRunner):
     "Each kind of turn runs a few times as written, then replays as a CUDA graph"
     capturable = True
     def __init__(self):
-        self.turns = {}   # recordings, each with the places of its draws, by kind of turn and shapes
+        # recordings, each with the places of its draws, by kind of turn and shapes
+        self.turns = {}
         self.now = None   # the one that runs
         self.pool = self.stream = None
 

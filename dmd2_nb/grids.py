@@ -20,7 +20,8 @@ def pil(
 ): # PIL image, RGB
     "A picture as an image of PIL"
     from PIL import Image
-    if x.dtype!=torch.uint8 or x.ndim!=3 or x.shape[0] not in (1,3): raise ValueError(f'a picture is uint8 (1 or 3, h, w), got {x.dtype} {tuple(x.shape)}')
+    if x.dtype!=torch.uint8 or x.ndim!=3 or x.shape[0] not in (1,3):
+        raise ValueError(f'a picture is uint8 (1 or 3, h, w), got {x.dtype} {tuple(x.shape)}')
     return Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
 
 def data_url(
@@ -47,7 +48,10 @@ class ComparisonGrid:
         images:Tensor, # One picture per row, uint8 (rows, c, h, w); columns may differ in size
     ): # The grid, to chain
         "One more column"
-        if len(images)!=len(self.rows): raise ValueError(f"column '{name}' has {len(images)} pictures for {len(self.rows)} rows")
+        if len(images)!=len(self.rows):
+            raise ValueError(
+                f"column '{name}' has {len(images)} pictures for {len(self.rows)} rows"
+            )
         if name in self.columns: raise ValueError(f"there is a column '{name}' already")
         self.columns[name] = [pil(o) for o in images]
         return self
@@ -59,22 +63,45 @@ class ComparisonGrid:
         from PIL import Image, ImageDraw, ImageFont
         if not self.columns: raise ValueError('the grid has no columns yet')
         left,top,pad = max(80, cell//2),24,4
-        out = Image.new('RGB', (left+len(self.columns)*(cell+pad), top+len(self.rows)*(cell+pad)), 'white')
+        out = Image.new(
+            'RGB',
+            (left + len(self.columns) * (cell + pad), top + len(self.rows) * (cell + pad)),
+            'white',
+        )
         pen,font = ImageDraw.Draw(out),ImageFont.load_default(size=12)
         for c,(name,ims) in enumerate(self.columns.items()):
             x = left+c*(cell+pad)
             pen.text((x, 4), name, fill='black', font=font)
-            for r,im in enumerate(ims): out.paste(im.resize((cell, cell), Image.Resampling.NEAREST if cell>=im.width else Image.Resampling.LANCZOS), (x, top+r*(cell+pad)))
+            for r,im in enumerate(ims):
+                out.paste(
+                    im.resize(
+                        (cell, cell),
+                        Image.Resampling.NEAREST if cell >= im.width else Image.Resampling.LANCZOS,
+                    ),
+                    (x, top + r * (cell + pad)),
+                )
         for r,text in enumerate(self.rows):
-            pen.multiline_text((4, top+r*(cell+pad)), '\n'.join(textwrap.wrap(text, max(8, left//7))[:max(1, cell//16)]), fill='black', font=font)
+            pen.multiline_text(
+                (4, top + r * (cell + pad)),
+                '\n'.join(textwrap.wrap(text, max(8, left // 7))[: max(1, cell // 16)]),
+                fill='black',
+                font=font,
+            )
         return out
 
     def to_html(self)->str: # A whole page
         "One page with everything in it: no other file, no script"
         e = html.escape
         head = ''.join(f'<th>{e(k)}</th>' for k in ('', *self.columns))
-        body = ''.join(f'<tr><td class="t">{e(t)}</td>' + ''.join(f'<td><img loading="lazy" alt="{e(t)}, {e(k)}" src="{data_url(v[r])}"></td>' for k,v in self.columns.items()) + '</tr>'
-                       for r,t in enumerate(self.rows))
+        body = ''.join(
+            f'<tr><td class="t">{e(t)}</td>'
+            + ''.join(
+                f'<td><img loading="lazy" alt="{e(t)}, {e(k)}" src="{data_url(v[r])}"></td>'
+                for k, v in self.columns.items()
+            )
+            + '</tr>'
+            for r, t in enumerate(self.rows)
+        )
         style = 'body{font:14px sans-serif;margin:1em} img{width:100%;image-rendering:auto} .t{max-width:14em;vertical-align:top} td{vertical-align:top} th{position:sticky;top:0;background:#fff;text-align:left}'
         return f'<!doctype html><meta charset="utf-8"><title>{e(self.title)}</title><style>{style}</style><h1>{e(self.title)}</h1><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{e(self.note)}</p>'
 
@@ -84,13 +111,15 @@ class ComparisonGrid:
     )->Path:
         "Write the grid in one move"
         path = Path(path)
-        if path.suffix not in ('.png', '.html'): raise ValueError(f'{path}: a grid is saved as .png or .html')
+        if path.suffix not in ('.png', '.html'):
+            raise ValueError(f'{path}: a grid is saved as .png or .html')
         if path.suffix=='.html': write_text(path, self.to_html())
         else:
             with one_move(path) as tmp: self.image(cell).save(tmp)
         return path
 
-    def _repr_html_(self): return f'<img alt="{html.escape(self.title)}" src="{data_url(self.image(96))}">'
+    def _repr_html_(self):
+        return f'<img alt="{html.escape(self.title)}" src="{data_url(self.image(96))}">'
 
 # %% ../nbs/37b_grids.ipynb #18568430
 def gallery(

@@ -49,20 +49,34 @@ def nonfinite(
     nets:dict, # Networks by name
 )->list: # Names of those with a weight that is not finite
     "Which networks are broken; one transfer for all"
-    ts = {n: [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()] for n,m in nets.items()}
+    ts = {
+        n: [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point() and t.numel()]
+        for n, m in nets.items()
+    }
     if not any(ts.values()): return []
     lengths = torch.stack(torch._foreach_norm([t for v in ts.values() for t in v]))
-    return [] if math.isfinite(lengths.float().sum()) else [n for n,v in ts.items() if not all(t.isfinite().all() for t in v)]
+    return (
+        []
+        if math.isfinite(lengths.float().sum())
+        else [n for n, v in ts.items() if not all(t.isfinite().all() for t in v)]
+    )
 
 def check_weights(
     nets:dict, # Networks by name
     step:int,  # Iterations done
 ):
     "Refuse to go on, or to save, with a weight that is not finite"
-    if bad := nonfinite(nets): raise Alarm('non-finite', step, f"weights of {', '.join(bad)} are not finite; try lower learning rates")
+    if bad := nonfinite(nets):
+        raise Alarm(
+            'non-finite',
+            step,
+            f"weights of {', '.join(bad)} are not finite; try lower learning rates",
+        )
 
 # %% ../nbs/43_guards.ipynb #c1b6d00a
-WATCHED = tuple('dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss norm_g norm_fake x_mean x_std d_real d_fake'.split())
+WATCHED = tuple(
+    'dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss norm_g norm_fake x_mean x_std d_real d_fake'.split()
+)
 
 def _mean(cols, k): return sum(cols[k])/len(cols[k]) if k in cols else None
 
@@ -78,8 +92,27 @@ class Guard:
         apart:int=30,    # Iterations between two looks at the critic; a multiple of `every`
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
-        self.dmd,self.ref,self.limits,self.every,self.n,self.apart,self.alone = dmd,ref,limits,every,n,apart,alone
-        self.pending,self.seen,self.probes,self.low,self.suspect,self.lag,self.dist,self.given,self.start,self.draws = [],[],[],0,False,None,None,None,0.,{}
+        self.dmd, self.ref, self.limits, self.every, self.n, self.apart, self.alone = (
+            dmd,
+            ref,
+            limits,
+            every,
+            n,
+            apart,
+            alone,
+        )
+        (
+            self.pending,
+            self.seen,
+            self.probes,
+            self.low,
+            self.suspect,
+            self.lag,
+            self.dist,
+            self.given,
+            self.start,
+            self.draws,
+        ) = [], [], [], 0, False, None, None, None, 0.0, {}
         if alone: dmd.fake_step = self.note(dmd.fake_step)
 
     def note(self, step):
@@ -96,7 +129,9 @@ class Guard:
 
     def watch(self, logs):
         "The same iterations, looked at"
-        for log in logs: self(log); yield log
+        for log in logs:
+            self(log)
+            yield log
 
     def level(self, step):
         "The generator's step that was trained in the iteration that ended at `step`"
@@ -107,7 +142,10 @@ class Guard:
         "Numbers of the iterations since the last look: one transfer"
         names = [[k for k in WATCHED if k in log] for _,log in self.pending]
         values = iter(floats([log[k] for (_,log),ks in zip(self.pending, names) for k in ks]))
-        self.seen = [*self.seen, *((s, ks, [*islice(values, len(ks))]) for (s,_),ks in zip(self.pending, names))][-50:]
+        self.seen = [
+            *self.seen,
+            *((s, ks, [*islice(values, len(ks))]) for (s, _), ks in zip(self.pending, names)),
+        ][-50:]
         self.pending = []
 
     @property
@@ -124,36 +162,72 @@ class Guard:
                 for k,v in zip(ks, vs): new.setdefault(k, []).append(v)
         self.finite(new)
         if step%(5*self.every)==0: self.weights()
-        self.brightness(new); self.discriminator(new)
+        self.brightness(new)
+        self.discriminator(new)
         if self.alone and (self.suspect or (step+self.every)%self.apart==0): self.critic()
 
     def finite(self, new):
         if math.isfinite(sum(map(sum, new.values()))): return
         rows,scaled = self.rows,self.dmd.scaler_fake.is_enabled()
         for o in (o for o in rows if o['step']>self.dmd.step-self.every):
-            bad = [k for k,v in o.items() if not math.isfinite(v) and not (scaled and k.startswith('norm_') and any(math.isfinite(p.get(k, math.inf)) for p in rows))]
-            if bad: raise Alarm('non-finite', o['step'], f"{', '.join(f'{k} is {o[k]}' for k in bad)}; try lower learning rates")
+            bad = [
+                k
+                for k, v in o.items()
+                if not math.isfinite(v)
+                and not (
+                    scaled
+                    and k.startswith('norm_')
+                    and any(math.isfinite(p.get(k, math.inf)) for p in rows)
+                )
+            ]
+            if bad:
+                raise Alarm(
+                    'non-finite',
+                    o['step'],
+                    f"{', '.join(f'{k} is {o[k]}' for k in bad)}; try lower learning rates",
+                )
 
     def weights(self):
         "Also before a checkpoint is written, so that none holds what is broken"
         d = self.dmd
-        if self.alone: check_weights({n: m for n,m in dict(generator=d.G, ema=d.ema.net, fake=d.fake, head=d.head).items() if m is not None}, d.step)
+        if self.alone:
+            check_weights(
+                {
+                    n: m
+                    for n, m in dict(generator=d.G, ema=d.ema.net, fake=d.fake, head=d.head).items()
+                    if m is not None
+                },
+                d.step,
+            )
 
     def brightness(self, new):
         m,s = _mean(new, 'x_mean'),_mean(new, 'x_std')
         if m is None: return
         if self.ref is None: self.ref = (m, s)
         (m0,s0),l = self.ref,self.limits
-        if not self.dmd.g_updates: self.start = max(self.start, abs(m-m0))  # what a copy of the teacher draws is where the run begins
+        # what a copy of the teacher draws is where the run begins
+        if not self.dmd.g_updates: self.start = max(self.start, abs(m-m0))
         elif abs(m-m0)>l.mean*s0+self.start or s>l.std*s0:
-            raise Alarm('brightness', self.dmd.step, f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and {s0:.3g}; try a lower lr_g or a higher ttur')
+            raise Alarm(
+                'brightness',
+                self.dmd.step,
+                f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and {s0:.3g}; try a lower lr_g or a higher ttur',
+            )
 
     def discriminator(self, new):
         d = _mean(new, 'gan_d_loss')
         teaching = self.dmd.gan_on and self.dmd.step>self.dmd.warm_until+self.every
-        self.low = self.low+1 if teaching and d is not None and d<self.limits.d_loss*2*math.log(2) else 0
+        self.low = (
+            self.low + 1
+            if teaching and d is not None and d < self.limits.d_loss * 2 * math.log(2)
+            else 0
+        )
         if self.low>1:
-            raise Alarm('discriminator', self.dmd.step, f"its loss is {d:.2g}, that of guessing {2*math.log(2):.2g} (logits {_mean(new, 'd_real'):.3g} and {_mean(new, 'd_fake'):.3g}); try a lower lr_head or gan_d")
+            raise Alarm(
+                'discriminator',
+                self.dmd.step,
+                f"its loss is {d:.2g}, that of guessing {2 * math.log(2):.2g} (logits {_mean(new, 'd_real'):.3g} and {_mean(new, 'd_fake'):.3g}); try a lower lr_head or gan_d",
+            )
 
     def critic(self):
         if self.given is None or not self.dmd.cfg.w_fake: return
@@ -164,11 +238,19 @@ class Guard:
         if len(past)<2: return
         m = median(past)
         least = max(m, 0.)
-        usual = least + max(math.log(self.limits.lag), 4.4*median(abs(p-m) for p in past), 2.4/len(self.given[0][:self.n])**0.5)  # three standard deviations; few samples scatter more
+        usual = least + max(
+            math.log(self.limits.lag),
+            4.4 * median(abs(p - m) for p in past),
+            2.4 / len(self.given[0][: self.n]) ** 0.5,
+        )  # three standard deviations; few samples scatter more
         last = [math.log(f/s) for _,f,s in self.probes[-2:]]
         self.suspect = last[1]>(least+usual)/2
         if sum(last)>2*usual:
-            raise Alarm('critic', self.dmd.step, f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake')
+            raise Alarm(
+                'critic',
+                self.dmd.step,
+                f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake',
+            )
 
     @torch.no_grad()
     def errors(self)->tuple: # On fresh samples, on those of the last iteration
@@ -179,30 +261,56 @@ class Guard:
         rows = slice(at, at+n)  # other ones each time
         if (n, k) not in self.draws:  # once for all looks, so that two differ by the networks alone
             g = rng(d.cfg.seed, k, 100, device=d.device)
-            self.draws[n, k] = torch.randn(k+2, n, *d.shape, generator=g, device=d.device),sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g, device=d.device)
+            self.draws[n, k] = (
+                torch.randn(k + 2, n, *d.shape, generator=g, device=d.device),
+                sample_sigma(d.fake, n, *d.cfg.fake_bins, generator=g, device=d.device),
+            )
         def both(x, cond, noises, sigma):
             with d.cast():
-                y = d.G(*simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:-1])), cond)
-                twice = torch.cat((y.to(x), x)),torch.cat((sigma, sigma)),cond_cat(cond, cond),torch.cat((noises[-1], noises[-1]))  # one pass for both
+                y = d.G(
+                    *simulate(d.G, noises[0], d.sigmas, k, cond, noises=iter(noises[1:-1])), cond
+                )
+                twice = (
+                    torch.cat((y.to(x), x)),
+                    torch.cat((sigma, sigma)),
+                    cond_cat(cond, cond),
+                    torch.cat((noises[-1], noises[-1])),
+                )  # one pass for both
                 return dsm_errors(d.fake, *twice).unflatten(0, (2, n)).flatten(1).mean(1)
-        go = getattr(d, '_replay', lambda key,f,*args: f(*args))  # recorded once where the run is a CUDA graph
-        return tuple(go(('errors', k), both, x[rows], cond_index(cond, rows), *self.draws[n, k]).tolist())
+        # recorded once where the run is a CUDA graph
+        go = getattr(d, '_replay', lambda key,f,*args: f(*args))
+        return tuple(
+            go(('errors', k), both, x[rows], cond_index(cond, rows), *self.draws[n, k]).tolist()
+        )
 
     def numbers(self)->dict:
         "For a log row: how far the average is from the generator, measured every 50 iterations at most, and the critic's lag if it was looked at"
         if not self.alone: return {}
         lag,self.lag = self.lag,None
-        if self.dist is None or self.dmd.step-self.dist[0]>=5*self.every: self.dist = [self.dmd.step, distance(self.dmd.ema.net, self.dmd.G)]
+        if self.dist is None or self.dmd.step-self.dist[0]>=5*self.every:
+            self.dist = [self.dmd.step, distance(self.dmd.ema.net, self.dmd.G)]
         return dict(ema_dist=self.dist[1]) | ({} if lag is None else dict(critic_lag=lag))
 
     def state(self)->dict:
         "JSON-able, so that a resumed run is watched like an unbroken one"
         self.collect()
-        return dict(rows=self.rows, probes=self.probes, low=self.low, suspect=self.suspect, lag=self.lag, dist=self.dist, ref=self.ref, start=self.start)
+        return dict(
+            rows=self.rows,
+            probes=self.probes,
+            low=self.low,
+            suspect=self.suspect,
+            lag=self.lag,
+            dist=self.dist,
+            ref=self.ref,
+            start=self.start,
+        )
     def load(self, state:dict):
         "Go on from `state()`"
         for k,v in (state or {}).items():
-            if k=='rows': self.seen = [(o['step'], ks := [k for k in WATCHED if k in o], [o[k] for k in ks]) for o in v]
+            if k=='rows':
+                self.seen = [
+                    (o['step'], ks := [k for k in WATCHED if k in o], [o[k] for k in ks]) for o in v
+                ]
             else: setattr(self, k, v)
         self.pending = []
 
@@ -212,7 +320,13 @@ def distance(a, b)->float: # Two networks of one kind
     "How far two networks are apart, in the length of the second"
     ps = [*a.parameters()]
     qs = [q.to(p.device, p.dtype) for p,q in zip(ps, b.parameters())]
-    apart,length = torch.stack(torch._foreach_norm([*torch._foreach_sub(ps, qs), *qs])).float().view(2, -1).norm(dim=1).tolist()
+    apart, length = (
+        torch.stack(torch._foreach_norm([*torch._foreach_sub(ps, qs), *qs]))
+        .float()
+        .view(2, -1)
+        .norm(dim=1)
+        .tolist()
+    )
     return apart/max(length, 1e-30)
 
 # %% ../nbs/43_guards.ipynb #63703337
@@ -229,11 +343,26 @@ def write_alarm(
     cond_map(lambda t: leaves.append(t.detach().cpu().contiguous()) or t, batch)
     name = f'alarm-{alarm.step}'
     if leaves:
-        with one_move(folder/f'{name}.safetensors') as tmp: save_file({f'{i}': t.clone() for i,t in enumerate(leaves)}, tmp)
+        with one_move(folder/f'{name}.safetensors') as tmp:
+            save_file({f'{i}': t.clone() for i,t in enumerate(leaves)}, tmp)
     cfg = guard.dmd.cfg
-    out = dict(alarm=alarm.name, text=str(alarm), step=alarm.step, seen_at=guard.dmd.step, seed=cfg.seed, config=asdict(cfg), limits=asdict(guard.limits), torch=torch.__version__,
-               lr=[[float(g['lr']) for g in o.param_groups] for o in (guard.dmd.opt_g, guard.dmd.opt_fake)], batch=f'{name}.safetensors' if leaves else None,
-               state={k: v for k,v in guard.state().items() if k!='rows'}, rows=guard.rows, **facts)
+    out = dict(
+        alarm=alarm.name,
+        text=str(alarm),
+        step=alarm.step,
+        seen_at=guard.dmd.step,
+        seed=cfg.seed,
+        config=asdict(cfg),
+        limits=asdict(guard.limits),
+        torch=torch.__version__,
+        lr=[
+            [float(g['lr']) for g in o.param_groups] for o in (guard.dmd.opt_g, guard.dmd.opt_fake)
+        ],
+        batch=f'{name}.safetensors' if leaves else None,
+        state={k: v for k, v in guard.state().items() if k != 'rows'},
+        rows=guard.rows,
+        **facts,
+    )
     write_text(folder/f'{name}.json', json.dumps(out, indent=1))
     return out
 
@@ -251,8 +380,12 @@ def good_before(
 ): # The checkpoint, or None
     "The newest checkpoint that is older than what went wrong; the oldest where none is"
     found = sorted(found, key=lambda p: int(p.name[5:]))
-    return next((p for p in reversed(found) if int(p.name[5:])<=alarm.step-late), found[0] if found else None)
+    return next(
+        (p for p in reversed(found) if int(p.name[5:]) <= alarm.step - late),
+        found[0] if found else None,
+    )
 
+# %% ../nbs/43_guards.ipynb #436eebb4
 def guarded(
     go,              # Trains to the end
     guard:Guard,     # What looks at the run
@@ -271,9 +404,26 @@ def guarded(
         try: return go()
         except Alarm as a:
             p,n = good_before(found(), a),kept.get('rollbacks', 0)+1
-            write_alarm(folder, a, guard, batch(a.step-1) if batch else None, checkpoint=p and p.name, rollbacks=n-1)
-            if not rollback: raise Alarm(a.name, a.step, f'{a.text}; written to {folder}/alarm-{a.step}.json') from None
-            if n>tries or p is None: raise Alarm(a.name, a.step, f"{a.text}; {f'gone back {tries} times already' if p else 'no checkpoint to go back to'}") from None
-            kept.clear(); kept.update(load(p), rollbacks=n)
-            guard.load(kept.get('guard')); halve_rates(guard.dmd)
+            write_alarm(
+                folder,
+                a,
+                guard,
+                batch(a.step - 1) if batch else None,
+                checkpoint=p and p.name,
+                rollbacks=n - 1,
+            )
+            if not rollback:
+                raise Alarm(
+                    a.name, a.step, f'{a.text}; written to {folder}/alarm-{a.step}.json'
+                ) from None
+            if n>tries or p is None:
+                raise Alarm(
+                    a.name,
+                    a.step,
+                    f"{a.text}; {f'gone back {tries} times already' if p else 'no checkpoint to go back to'}",
+                ) from None
+            kept.clear()
+            kept.update(load(p), rollbacks=n)
+            guard.load(kept.get('guard'))
+            halve_rates(guard.dmd)
             save(**kept)

@@ -16,14 +16,44 @@ from .logs import read_log
 
 # %% ../nbs/43a_health.ipynb #a78befb5
 SIGNALS = dict(  # name: (what it is, what it means when it is too low, when it is too high)
-    grad_ratio=("GAN gradient at the image, in the matching gradient", 'the GAN hardly counts: raise gan_g', 'the GAN drowns the matching: lower gan_g'),
-    grad_cos=('cosine between the two gradients', 'the two pull against each other: lower gan_g', 'the two say the same: one of them would do'),
-    calibration=("discriminator loss, in that of guessing", 'the discriminator knows too much: lower lr_head or gan_d', 'the discriminator does not learn: raise lr_head or gan_d'),
-    critic_lag=("critic's error on fresh samples, in its training loss", 'fresh samples are easier than those it learns from: look at the conditions', 'the critic is behind its generator: raise ttur or lr_fake'),
-    brightness=('drift of the mean over the second half, in deviations', 'samples grow darker: lower lr_g or raise ttur', 'samples grow brighter: lower lr_g or raise ttur'),
-    contrast=('drift of the deviation over the second half, logarithm', 'samples grow flatter: lower lr_g or raise ttur', 'samples grow harsher: lower lr_g or raise ttur'),
-    ema_dist=('distance of the average from the generator, relative', 'the average follows at once: raise ema_halflife', 'the generator wanders: lower lr_g or ema_halflife'))
+    grad_ratio=(
+        "GAN gradient at the image, in the matching gradient",
+        'the GAN hardly counts: raise gan_g',
+        'the GAN drowns the matching: lower gan_g',
+    ),
+    grad_cos=(
+        'cosine between the two gradients',
+        'the two pull against each other: lower gan_g',
+        'the two say the same: one of them would do',
+    ),
+    calibration=(
+        "discriminator loss, in that of guessing",
+        'the discriminator knows too much: lower lr_head or gan_d',
+        'the discriminator does not learn: raise lr_head or gan_d',
+    ),
+    critic_lag=(
+        "critic's error on fresh samples, in its training loss",
+        'fresh samples are easier than those it learns from: look at the conditions',
+        'the critic is behind its generator: raise ttur or lr_fake',
+    ),
+    brightness=(
+        'drift of the mean over the second half, in deviations',
+        'samples grow darker: lower lr_g or raise ttur',
+        'samples grow brighter: lower lr_g or raise ttur',
+    ),
+    contrast=(
+        'drift of the deviation over the second half, logarithm',
+        'samples grow flatter: lower lr_g or raise ttur',
+        'samples grow harsher: lower lr_g or raise ttur',
+    ),
+    ema_dist=(
+        'distance of the average from the generator, relative',
+        'the average follows at once: raise ema_halflife',
+        'the generator wanders: lower lr_g or ema_halflife',
+    ),
+)
 
+# %% ../nbs/43a_health.ipynb #e56469ea
 def signals(
     rows:list,   # Of a log
     share=0.2,   # Part of the rows, at the end, that a value is the median of
@@ -32,15 +62,32 @@ def signals(
     at = next((i for i,o in enumerate(rows) if 'grad_dm' in o or 'dmd_loss' in o), len(rows))
     rows = rows[at:]  # before, the critic warms up
     n = max(3, math.ceil(share*len(rows)))
-    def value(f, part): v = [f(o) for o in part if f(o) is not None]; return median(v) if v else None
+    def value(f, part):
+        v = [f(o) for o in part if f(o) is not None]
+        return median(v) if v else None
     def last(f): return value(f, rows[-n:]) if len(rows)>=3 else None
     get = lambda k: lambda o: o.get(k)
-    out = dict(grad_ratio=last(lambda o: o['grad_gan']/o['grad_dm'] if o.get('grad_dm') and 'grad_gan' in o else None), grad_cos=last(get('grad_cos')),
-               calibration=last(lambda o: o['gan_d_loss']/(2*math.log(2)) if 'gan_d_loss' in o else None), critic_lag=last(get('critic_lag')), ema_dist=last(get('ema_dist')))
+    out = dict(
+        grad_ratio=last(
+            lambda o: o['grad_gan'] / o['grad_dm'] if o.get('grad_dm') and 'grad_gan' in o else None
+        ),
+        grad_cos=last(get('grad_cos')),
+        calibration=last(
+            lambda o: o['gan_d_loss'] / (2 * math.log(2)) if 'gan_d_loss' in o else None
+        ),
+        critic_lag=last(get('critic_lag')),
+        ema_dist=last(get('ema_dist')),
+    )
     if len(rows)>=10:
         half = rows[len(rows)//2-n//2:][:n]
-        (m0,s0),(m1,s1) = ([value(get(k), part) for k in ('x_mean', 'x_std')] for part in (half, rows[-n:]))
-        if None not in (m0, s0, m1, s1): out |= dict(brightness=(m1-m0)/max(s0, 1e-9), contrast=math.log(max(s1, 1e-9)/max(s0, 1e-9)))
+        (m0, s0), (m1, s1) = (
+            [value(get(k), part) for k in ('x_mean', 'x_std')] for part in (half, rows[-n:])
+        )
+        if None not in (m0, s0, m1, s1):
+            out |= dict(
+                brightness=(m1 - m0) / max(s0, 1e-9),
+                contrast=math.log(max(s1, 1e-9) / max(s0, 1e-9)),
+            )
     return {k: v for k,v in out.items() if v is not None}
 
 # %% ../nbs/43a_health.ipynb #d46af65d
@@ -63,7 +110,8 @@ def bands(
     kind=None,   # Of the stored ones those of this recipe alone, for the signals that they have, if there are at least two
 )->dict: # Name -> `(low, high)`
     "Between which values good runs stay"
-    if logs is None and kind is not None and len(own := good_logs(kind))>1: return bands() | bands([*own.values()], margin)
+    if logs is None and kind is not None and len(own := good_logs(kind))>1:
+        return bands() | bands([*own.values()], margin)
     logs,seen = [*good_logs().values()] if logs is None else logs,{}
     for rows in logs:
         for part in range(4, 11):
@@ -95,12 +143,27 @@ class Health(list):
     def ok(self): return all(s.ok for s in self)
     def __str__(self):
         show = lambda v: '–' if v is None else f'{v:.3g}'
-        rows = [('', 'signal', 'value', f'good runs{self.kind and f" of {self.kind}"}', 'what it is'),
-                *(('' if s.ok else '!', s.name, show(s.value), f'{show(s.low)} to {show(s.high)}', s.text.partition(': ')[0]) for s in self)]
+        rows = [
+            ('', 'signal', 'value', f'good runs{self.kind and f" of {self.kind}"}', 'what it is'),
+            *(
+                (
+                    '' if s.ok else '!',
+                    s.name,
+                    show(s.value),
+                    f'{show(s.low)} to {show(s.high)}',
+                    s.text.partition(': ')[0],
+                )
+                for s in self
+            ),
+        ]
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
-        return '\n'.join(['  '.join(c.ljust(w) for c,w in zip(r, widths)).rstrip() for r in rows]+[f"{s.name}: {s.text.partition(': ')[2]}" for s in self if not s.ok])
+        return '\n'.join(
+            ['  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
+            + [f"{s.name}: {s.text.partition(': ')[2]}" for s in self if not s.ok]
+        )
     __repr__ = __str__
 
+# %% ../nbs/43a_health.ipynb #74a8701c
 def health(
     log,        # A log.csv, its run's folder, or rows
     against=None, # From `bands`, of runs like this one; of the stored good runs when absent
@@ -109,14 +172,29 @@ def health(
     "For each signal a value, the band of good runs, and a sentence"
     if not isinstance(log, list):
         folder = Path(log) if Path(log).is_dir() else None
-        if folder and kind is None and (folder/'config.json').is_file(): kind = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('data')
+        if folder and kind is None and (folder/'config.json').is_file():
+            kind = json.loads((folder/'config.json').read_text(encoding='utf-8')).get('data')
         log = read_log(folder/'log.csv' if folder else log)
     got,out = signals(log),Health()
     if against is None and kind and len(good_logs(kind))>1: out.kind = kind
     for k,(lo,hi) in (bands(kind=kind) if against is None else against).items():
         what,low,high = SIGNALS[k]
         v = got.get(k)
-        out.append(Signal(k, v, lo, hi, f'{what}: not in this log' if v is None else f'{what}: {low}' if v<lo else f'{what}: {high}' if v>hi else f'{what}: as in good runs'))
+        out.append(
+            Signal(
+                k,
+                v,
+                lo,
+                hi,
+                f'{what}: not in this log'
+                if v is None
+                else f'{what}: {low}'
+                if v < lo
+                else f'{what}: {high}'
+                if v > hi
+                else f'{what}: as in good runs',
+            )
+        )
     return out
 
 # %% ../nbs/43a_health.ipynb #47526d1e
@@ -128,7 +206,8 @@ def stop_rule(
 )->dict: # stop (whether), best (step), value, since (evaluations after the best)
     "Whether the metric has stopped getting better"
     rows = [o for o in (log if isinstance(log, list) else read_log(log)) if metric in o]
-    if not rows: raise ValueError(f"the log has no '{metric}': evaluate on the way, or name another metric")
+    if not rows:
+        raise ValueError(f"the log has no '{metric}': evaluate on the way, or name another metric")
     best,since = rows[0],0
     for o in rows[1:]:
         if o[metric]<best[metric]-o.get(se or f'{metric}_se', 0.): best,since = o,0

@@ -25,20 +25,27 @@ from .runs import Run
 from .teacher import edm_imagenet64_kwargs
 
 # %% ../nbs/23_imagenet64.ipynb #87efd704
-PAPER_RUNS = dict( # iterations, what differs from the config's defaults, and what was published for it
+# iterations, what differs from the config's defaults, and what was published for it
+PAPER_RUNS = dict(
     scratch=dict(iters=200_000, changes={}, fid=1.51, hours=53),
-    pretrain=dict(iters=410_000, changes=dict(gan_g=0., gan_d=0.), fid=2.61, hours=70),
-    resume=dict(iters=140_000, changes=dict(lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7), fid=1.28, hours=38)) # begins at iteration 405,500 of `pretrain`
+    pretrain=dict(iters=410_000, changes=dict(gan_g=0.0, gan_d=0.0), fid=2.61, hours=70),
+    resume=dict(
+        iters=140_000, changes=dict(lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7), fid=1.28, hours=38
+    ),
+)  # begins at iteration 405,500 of `pretrain`
 
 def imagenet64_config(
     run:str='scratch',   # 'scratch' (GAN from the start), 'pretrain' (no GAN) or 'resume' (GAN, begins with `pretrain`'s networks)
     recipe:str='paper',  # 'paper' or 'fastgen'
 )->DMD2Config:
     "One of the paper's runs on ImageNet-64 (appendix F.2), or FastGen's"
-    if recipe not in ('paper', 'fastgen'): raise ValueError(f"recipe '{recipe}' is neither 'paper' nor 'fastgen'")
+    if recipe not in ('paper', 'fastgen'):
+        raise ValueError(f"recipe '{recipe}' is neither 'paper' nor 'fastgen'")
     if run not in PAPER_RUNS: raise ValueError(f"run '{run}' is none of: {', '.join(PAPER_RUNS)}")
-    if recipe=='fastgen' and run!='scratch': raise ValueError(f"fastgen has one run, 'scratch', not '{run}'")
-    base = DMD2Config(dtype='bfloat16', lr_warmup=500//7)  # 500 steps of a schedule that each of 7 GPUs moves on
+    if recipe=='fastgen' and run!='scratch':
+        raise ValueError(f"fastgen has one run, 'scratch', not '{run}'")
+    # 500 steps of a schedule that each of 7 GPUs moves on
+    base = DMD2Config(dtype='bfloat16', lr_warmup=500//7)
     return replace(base, **(PAPER_RUNS[run]['changes'] if recipe=='paper' else FASTGEN))
 
 # %% ../nbs/23_imagenet64.ipynb #91f35a09
@@ -79,10 +86,26 @@ NOT_CARRIED = ( # of FastGen, here as in the paper
 def differences()->dict: # Row -> dict(paper, fastgen)
     "Where the two recipes part"
     a,b = (asdict(imagenet64_config(recipe=n)) for n in ('paper', 'fastgen'))
-    text = lambda v: ' '.join(f'{o:g}' for o in v) if isinstance(v, tuple) else v if isinstance(v, str) else f'{v:g}'
+    text = lambda v: (
+        ' '.join(f'{o:g}' for o in v)
+        if isinstance(v, tuple)
+        else v
+        if isinstance(v, str)
+        else f'{v:g}'
+    )
     rows = {k: dict(paper=text(a[k]), fastgen=text(b[k])) for k in a if a[k]!=b[k]}
-    return dict(iterations=dict(paper=f"{PAPER_RUNS['scratch']['iters']:,}", fastgen=f'{FASTGEN_ITERS:,}')) | rows | {
-        'weight of the denoising loss': dict(paper='EDM', fastgen='1'), 'GAN features': dict(paper='fake score', fastgen='frozen teacher')}
+    return (
+        dict(
+            iterations=dict(
+                paper=f"{PAPER_RUNS['scratch']['iters']:,}", fastgen=f'{FASTGEN_ITERS:,}'
+            )
+        )
+        | rows
+        | {
+            'weight of the denoising loss': dict(paper='EDM', fastgen='1'),
+            'GAN features': dict(paper='fake score', fastgen='frozen teacher'),
+        }
+    )
 
 # %% ../nbs/23_imagenet64.ipynb #831fadbf
 def balanced_conds(
@@ -100,7 +123,11 @@ class StatsJudge:
         real,              # `ImageData`
         reference=None,    # Statistics of the real images, such as EDM's .npz; computed when first asked for when absent
     ):
-        self.features,self.real,self._ref = features,real,None if reference is None else as_stats(reference, features)
+        self.features, self.real, self._ref = (
+            features,
+            real,
+            None if reference is None else as_stats(reference, features),
+        )
         self.columns = ('fid' if features.name=='inception' else 'frechet',)
         features(real.images[:1])  # a network for other images says so now, not after the training
 
@@ -114,7 +141,10 @@ class StatsJudge:
         fast=False,    # No difference here
     )->dict: # `fid` or `frechet`, and n
         "How far these are from the real ones"
-        return {self.columns[0]: frechet_of(Stats.of(images, self.features), self.ref), 'n': len(images)}
+        return {
+            self.columns[0]: frechet_of(Stats.of(images, self.features), self.ref),
+            'n': len(images),
+        }
 
     def floor(self, n:int, seed:int=0):
         "The same for n of the real images"
@@ -122,7 +152,11 @@ class StatsJudge:
 
 def paper_judge(r, data, held=None, device='cpu', reference=None): # Recipe; images and held-out ones; where to work; statistics to compare with instead
     "The judge of a recipe; `r.features` is a name or `Features`"
-    return StatsJudge(feature_extractor(r.features, device) if isinstance(r.features, str) else r.features, data, reference)
+    return StatsJudge(
+        feature_extractor(r.features, device) if isinstance(r.features, str) else r.features,
+        data,
+        reference,
+    )
 
 # %% ../nbs/23_imagenet64.ipynb #30136d18
 def imagenet64_recipe(
@@ -131,16 +165,44 @@ def imagenet64_recipe(
 )->Recipe:
     "All that a run needs besides the files"
     paper = recipe=='paper'
-    return Recipe(data='imagenet64', config=imagenet64_config(run, recipe), iters=PAPER_RUNS[run]['iters'] if paper else FASTGEN_ITERS,
-                  net=dict(net='ADMUNet', args=edm_imagenet64_kwargs(), sigma_data=0.5), classes=tuple(map(str, range(1000))), bundled=False,
-                  teacher=dict(steps=2_500_000_000//4096, batch=4096, lr=1e-4, halflife=50_000_000/4096, label_dropout=0., decay=0., dtype='auto'),
-                  sampler=dict(steps=40), features='inception', n_eval=50_000, n_watch=50_000, conds=balanced_conds, judge=paper_judge,
-                  critic=None if paper else FastGenScore.of, teacher_row=False, best_row=True, half_teacher=True, continues=run=='resume',
-                  note='' if paper else table(differences()) + '\nas in the paper: ' + '; '.join(NOT_CARRIED),
-                  every=dict(log=50, show=5000, save=500, eval=20_000), teacher_every=dict(log=50, show=5000, save=500, eval=0))
+    return Recipe(
+        data='imagenet64',
+        config=imagenet64_config(run, recipe),
+        iters=PAPER_RUNS[run]['iters'] if paper else FASTGEN_ITERS,
+        net=dict(net='ADMUNet', args=edm_imagenet64_kwargs(), sigma_data=0.5),
+        classes=tuple(map(str, range(1000))),
+        bundled=False,
+        teacher=dict(
+            steps=2_500_000_000 // 4096,
+            batch=4096,
+            lr=1e-4,
+            halflife=50_000_000 / 4096,
+            label_dropout=0.0,
+            decay=0.0,
+            dtype='auto',
+        ),
+        sampler=dict(steps=40),
+        features='inception',
+        n_eval=50_000,
+        n_watch=50_000,
+        conds=balanced_conds,
+        judge=paper_judge,
+        critic=None if paper else FastGenScore.of,
+        teacher_row=False,
+        best_row=True,
+        half_teacher=True,
+        continues=run == 'resume',
+        note='' if paper else table(differences()) + '\nas in the paper: ' + '; '.join(NOT_CARRIED),
+        every=dict(log=50, show=5000, save=500, eval=20_000),
+        teacher_every=dict(log=50, show=5000, save=500, eval=0),
+    )
 
-RECIPES = {'imagenet64': imagenet64_recipe()} | {f'imagenet64-{n}': imagenet64_recipe(n) for n in PAPER_RUNS if n!='scratch'} | {
-    'imagenet64-fastgen': imagenet64_recipe(recipe='fastgen')}
+# %% ../nbs/23_imagenet64.ipynb #062d3ff3
+RECIPES = (
+    {'imagenet64': imagenet64_recipe()}
+    | {f'imagenet64-{n}': imagenet64_recipe(n) for n in PAPER_RUNS if n != 'scratch'}
+    | {'imagenet64-fastgen': imagenet64_recipe(recipe='fastgen')}
+)
 
 # %% ../nbs/23_imagenet64.ipynb #9f8b51c9
 def distill_imagenet64(
@@ -156,5 +218,12 @@ def distill_imagenet64(
 )->Run:
     "Distil an ImageNet-64 teacher; generator.safetensors, metrics.json and log.csv in the run's folder"
     r = imagenet64_recipe(run, recipe)
-    r = replace(with_reference(r, reference), **{f.name: changes.pop(f.name) for f in fields(Recipe) if f.name in changes and f.name not in ('iters', 'n_eval')})
+    r = replace(
+        with_reference(r, reference),
+        **{
+            f.name: changes.pop(f.name)
+            for f in fields(Recipe)
+            if f.name in changes and f.name not in ('iters', 'n_eval')
+        },
+    )
     return distill_job(r, teacher, out, source=data, begin=begin, say=say, **changes)

@@ -310,8 +310,20 @@ class Drawn:
         return f'{name}: {len(self):,} of {len(self.data):,} images, drawn with seed {self.seed}'
 
 # %% ../nbs/20_images.ipynb #e17f2a83
-CLASS_NAMES = dict(fashion16=('t-shirt/top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt',
-                              'sneaker', 'bag', 'ankle boot')) # As the bundled networks know them
+CLASS_NAMES = dict(
+    fashion16=(
+        't-shirt/top',
+        'trouser',
+        'pullover',
+        'dress',
+        'coat',
+        'sandal',
+        'shirt',
+        'sneaker',
+        'bag',
+        'ankle boot',
+    )
+)  # As the bundled networks know them
 
 def _bare(name):
     "A class's name without what folders cannot hold"
@@ -331,6 +343,8 @@ def match_classes(
     if None not in ids and len(set(ids))==len(ids):
         return replace(data, labels=torch.tensor(ids)[data.labels], class_names=tuple(names))
     if len(own)==len(names) and not any(i is not None for i in ids): return data  # all others
-    raise ValueError(f'{data.name}: has {len(own):,} classes ({some(own)}), '
-                     f'{who} has {len(names):,} ({some(names)}): their names do not tell which is '
-                     'which. Give all classes, or name folders by the numbers that the network knows')
+    raise ValueError(
+        f'{data.name}: has {len(own):,} classes ({some(own)}), '
+        f'{who} has {len(names):,} ({some(names)}): their names do not tell which is '
+        'which. Give all classes, or name folders by the numbers that the network knows'
+    )

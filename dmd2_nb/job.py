@@ -39,7 +39,9 @@ def images_facts(
     facts = dict(images=len(data), shape=list(data.shape), classes=data.label_dim)
     if held is not None: facts['held'] = len(held)
     if size>WHOLE and file is not None: return facts | dict(sha256=content_hash(file))
-    whole = [[x.images, x.labels, x.cond, list(x.class_names)] for x in (data, held) if x is not None]
+    whole = [
+        [x.images, x.labels, x.cond, list(x.class_names)] for x in (data, held) if x is not None
+    ]
     return facts | dict(sha256=fingerprint(*whole))
 
 # %% ../nbs/26c_job.ipynb #88dc9def
@@ -48,15 +50,26 @@ def open_data(
     source=None, # Path or name of another image set of the same kind
 ): # `(train, held)`: two `ImageData`, the second None where nothing is held out
     "The images of a recipe, fitting its network"
-    if source is None and not r.bundled: raise ValueError(f"the images of '{r.data}' do not come along: give a zip, a folder or an LMDB (--data)")
+    if source is None and not r.bundled:
+        raise ValueError(
+            f"the images of '{r.data}' do not come along: give a zip, a folder or an LMDB (--data)"
+        )
     data = open_images(source or r.data, workers=0 if r.bundled else 8)
     if not isinstance(data, ImageData): data = in_memory(data)
     args,name = r.net['args'],source or r.data
     want = (args['in_channels'], args['img_resolution'], args['img_resolution'])
-    if data.shape!=want: raise ValueError(f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}")
-    if data.class_names and source is not None: data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")
-    elif r.classes and data.labels is not None and not data.class_names: data = replace(data, class_names=r.classes)
-    if data.label_dim!=args['label_dim']: raise ValueError(f"{name}: {data.label_dim} classes, the network of '{r.data}' has {args['label_dim']}")
+    if data.shape!=want:
+        raise ValueError(
+            f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}"
+        )
+    if data.class_names and source is not None:
+        data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")
+    elif r.classes and data.labels is not None and not data.class_names:
+        data = replace(data, class_names=r.classes)
+    if data.label_dim!=args['label_dim']:
+        raise ValueError(
+            f"{name}: {data.label_dim} classes, the network of '{r.data}' has {args['label_dim']}"
+        )
     return data.holdout(r.holdout) if r.holdout else (data, None)
 
 def _known_classes(r):
@@ -66,8 +79,10 @@ def _known_classes(r):
 def _check_names(data, names, file):
     "The bundled teacher was trained on classes that have names"
     if not names or not data.class_names or data.class_names==tuple(names): return
-    raise ValueError(f'{data.name}: has classes of its own ({some(data.class_names)}), '
-                     f'{file.name} knows {some(names)}: train a teacher of these images and give it')
+    raise ValueError(
+        f'{data.name}: has classes of its own ({some(data.class_names)}), '
+        f'{file.name} knows {some(names)}: train a teacher of these images and give it'
+    )
 
 # %% ../nbs/26c_job.ipynb #ee94ab54
 def open_teacher(
@@ -77,14 +92,35 @@ def open_teacher(
     device='cpu',   # Where it works
 ): # `(teacher, file)`
     "A teacher that fits the images"
-    if path is None and not r.bundled: raise ValueError(f"the teacher of '{r.data}' does not come along: give its file (--teacher)")
+    if path is None and not r.bundled:
+        raise ValueError(
+            f"the teacher of '{r.data}' does not come along: give its file (--teacher)"
+        )
     file = Path(path) if path else data_path(f'weights/{r.data}_teacher.safetensors')
-    if file.is_dir(): file = next((file/n for n in ('pytorch_model_1.bin', 'model_1.safetensors') if (file/n).is_file()), file/'teacher.safetensors')
+    if file.is_dir():
+        file = next(
+            (
+                file / n
+                for n in ('pytorch_model_1.bin', 'model_1.safetensors')
+                if (file / n).is_file()
+            ),
+            file / 'teacher.safetensors',
+        )
     ours = r.bundled and file.suffix=='.safetensors'
-    D = load_denoiser(file, device)[0] if ours else to_device(load_edm(file, 'teacher' if file.stem.endswith('model_1') else None), device)
+    D = (
+        load_denoiser(file, device)[0]
+        if ours
+        else to_device(load_edm(file, 'teacher' if file.stem.endswith('model_1') else None), device)
+    )
     if ours and path is None: _check_names(data, _known_classes(r), file)
-    if tuple(D.shape)!=data.shape: raise ValueError(f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has {'x'.join(map(str, data.shape))}")
-    if D.model.label_dim!=data.label_dim: raise ValueError(f'{file} knows {D.model.label_dim} classes, {data.name} has {data.label_dim}')
+    if tuple(D.shape)!=data.shape:
+        raise ValueError(
+            f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has {'x'.join(map(str, data.shape))}"
+        )
+    if D.model.label_dim!=data.label_dim:
+        raise ValueError(
+            f'{file} knows {D.model.label_dim} classes, {data.name} has {data.label_dim}'
+        )
     return D, file
 
 # %% ../nbs/26c_job.ipynb #93e51aa4
@@ -97,8 +133,15 @@ def open_judge(
     "What samples are compared with"
     if r.judge: return r.judge(r, data, held, device)
     for x in filter(None, (data, held)):
-        if len(x)<8: raise ValueError(f'{x.name}: {len(x)} images are too few to compare with, at least 8 are needed')
-    judge = Judge(extractor(r.features, device), train=data.images, **({} if held is None else dict(held=held.images)))
+        if len(x)<8:
+            raise ValueError(
+                f'{x.name}: {len(x)} images are too few to compare with, at least 8 are needed'
+            )
+    judge = Judge(
+        extractor(r.features, device),
+        train=data.images,
+        **({} if held is None else dict(held=held.images)),
+    )
     judge.extract(data.images[:1])  # a network for other images says so now, not after the training
     return judge
 
@@ -121,7 +164,8 @@ class Job:
     say:object=None         # Where messages go
     stop:int=None           # Stop after so many, unfinished, as if interrupted
 
-    def tell(self, text): (self.say or warnings.warn)(text)  # what must be said also where all else is quiet
+    # what must be said also where all else is quiet
+    def tell(self, text): (self.say or warnings.warn)(text)
 
     @property
     def bar(self): return (self.pictures or {}).get('bar', Progress)
@@ -129,7 +173,16 @@ class Job:
     def cut(self): return bool(self.stop and self.stop<self.iters)  # left unfinished on purpose
 
     def claim(self, out, name, overwrite, prefix):
-        return claim_run(out, self.config, prefix, name, overwrite, iters=self.iters, paths=self.paths, say=self.tell)
+        return claim_run(
+            out,
+            self.config,
+            prefix,
+            name,
+            overwrite,
+            iters=self.iters,
+            paths=self.paths,
+            say=self.tell,
+        )
 
     def greet(self, run, done, unit, new):
         "The first line: where the run begins, or goes on"
@@ -137,8 +190,10 @@ class Job:
         if run.before is None or run.before==self.iters or not self.decay: return
         at = int(min(run.before, self.iters)*(1-self.decay))
         late = f'; those from there to {done} were done by the old one' if done>at else ''
-        self.tell(f'{run.folder}: the learning rate falls for {self.iters} {unit}s now instead of {run.before}, '
-                  f'which differs from {unit} {at} on{late}')
+        self.tell(
+            f'{run.folder}: the learning rate falls for {self.iters} {unit}s now instead of {run.before}, '
+            f'which differs from {unit} {at} on{late}'
+        )
 
 # %% ../nbs/26c_job.ipynb #c9c62c0f
 def draw_picture(
@@ -171,7 +226,11 @@ def first_networks(
     if begin is None: return G,fake
     p = begun(begin)
     if p==Path(begin) and not (p/'state.json').is_file():
-        nets = {k: v.state_dict() for k,v in load_dmd2_edm(begin).items() if k in ('generator', 'fake_score')}
+        nets = {
+            k: v.state_dict()
+            for k, v in load_dmd2_edm(begin).items()
+            if k in ('generator', 'fake_score')
+        }
     else: nets = load_folder(p)[0]
     for n,net in dict(generator=G, fake=fake).items():
         load_into(net, nets.get(n) or nets.get('fake_score') or {}, f'{p} ({n})')

@@ -19,17 +19,36 @@ from .system.plan import content_hash
 from .system.tensors import load_into
 from .core import cond_index, cond_to, default_device, plain_torch, stream_seed, to_device
 from .distill import DMD2
-from .evaluate import (best_row, bundled_samples, draw, eval_conds, sheet_conds, student_sampler, teacher_samples,
-                              teacher_sampler)
+from dmd2_nb.evaluate import (
+    best_row,
+    bundled_samples,
+    draw,
+    eval_conds,
+    sheet_conds,
+    student_sampler,
+    teacher_samples,
+    teacher_sampler,
+)
 from .follow import Progress, batches, cond_batches, follow
 from .generator import FewStepGenerator
 from .graphs import GraphRunner
 from .guards import Guard, check_weights, guarded
 from .images import ImageData, to_float
-from .job import (Job, begun, class_names, draw_picture, first_networks, images_facts, open_data, open_judge,
-                         open_teacher)
+from dmd2_nb.job import (
+    Job,
+    begun,
+    class_names,
+    draw_picture,
+    first_networks,
+    images_facts,
+    open_data,
+    open_judge,
+    open_teacher,
+)
 from .logs import read_log
 from .parallel import World, each_rank
+
+# %% ../nbs/26a_jobs.ipynb #12ac50b7
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate, recipe
 from .runs import Run, claim_run
@@ -46,15 +65,29 @@ def open_model(
     "A teacher or a generator, ready to be sampled"
     p = Path(source)
     if p.is_dir():
-        p = next((p/f for f in ('generator.safetensors', 'teacher.safetensors') if (p/f).is_file()), None)
-        if p is None: raise FileNotFoundError(f'{source} has neither generator.safetensors nor teacher.safetensors: not a finished run')
-    elif not p.exists() and len(p.parts)==1 and not p.suffix: p = data_path(f'weights/{source}.safetensors')
+        p = next(
+            (p / f for f in ('generator.safetensors', 'teacher.safetensors') if (p / f).is_file()),
+            None,
+        )
+        if p is None:
+            raise FileNotFoundError(
+                f'{source} has neither generator.safetensors nor teacher.safetensors: not a finished run'
+            )
+    elif not p.exists() and len(p.parts)==1 and not p.suffix:
+        p = data_path(f'weights/{source}.safetensors')
     D,meta = load_denoiser(p, device)
     levels = meta.pop('levels', None)
-    if levels and steps: raise ValueError(f'{p} is a generator of {len(levels)} steps; --steps is for teachers')
-    model = FewStepGenerator(D, levels or (D.sigma_max,), meta.pop('classes', ()), meta.pop('styles', ()), **meta)
+    if levels and steps:
+        raise ValueError(f'{p} is a generator of {len(levels)} steps; --steps is for teachers')
+    model = FewStepGenerator(
+        D, levels or (D.sigma_max,), meta.pop('classes', ()), meta.pop('styles', ()), **meta
+    )
     own = RECIPES[meta['data']].sampler if meta.get('data') in RECIPES else dict(steps=32)
-    return (student_sampler(D, levels) if levels else teacher_sampler(D, **(own | (dict(steps=steps) if steps else {})))), model
+    return (
+        student_sampler(D, levels)
+        if levels
+        else teacher_sampler(D, **(own | (dict(steps=steps) if steps else {})))
+    ), model
 
 # %% ../nbs/26a_jobs.ipynb #e13a4a60
 def _export(net, path, step, **facts):
@@ -70,6 +103,7 @@ class TeacherJob(Job):
     settings:dict  # `Recipe.teacher` with its changes
     seed:int=0     # Names the random draws
 
+# %% ../nbs/26a_jobs.ipynb #9bf66f11
 def prepare_teacher(
     r:Recipe,         # What is known of the data set
     *,
@@ -88,17 +122,37 @@ def prepare_teacher(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         D = to_device(build_denoiser(r.net), device)
-    config = dict(job='train_teacher', data=r.data, images=images_facts(data, held, source), net=r.net, seed=seed,
-                  teacher={k: v for k,v in t.items() if k!='steps'}, holdout=r.holdout, flip=r.flip)
+    config = dict(
+        job='train_teacher',
+        data=r.data,
+        images=images_facts(data, held, source),
+        net=r.net,
+        seed=seed,
+        teacher={k: v for k, v in t.items() if k != 'steps'},
+        holdout=r.holdout,
+        flip=r.flip,
+    )
     paths = dict(images=source or r.data)
     if begin:
         teacher,file = open_teacher(r, data, begin)
         load_into(D, teacher.state_dict(), str(begin))
         config['begin'] = content_hash(file)
         paths['begin'] = begin
-    return TeacherJob(recipe=r, config=config, paths=paths, iters=t['steps'], decay=t['decay'], data=data,
-                      judge=open_judge(r, data, held, device), n_eval=n_eval or r.n_eval, device=device,
-                      net=D, settings=t, seed=seed, **(watched or {}))
+    return TeacherJob(
+        recipe=r,
+        config=config,
+        paths=paths,
+        iters=t['steps'],
+        decay=t['decay'],
+        data=data,
+        judge=open_judge(r, data, held, device),
+        n_eval=n_eval or r.n_eval,
+        device=device,
+        net=D,
+        settings=t,
+        seed=seed,
+        **(watched or {}),
+    )
 
 # %% ../nbs/26a_jobs.ipynb #fa45ef27
 def watch_teacher(
@@ -110,27 +164,60 @@ def watch_teacher(
     def load(p): return load_teacher_run(p, D), read_state(p)[0]['extra']
     back,kept = load_last(run.state, load, job.tell)[0] or ({}, {})
     start = back.get('start', 0)
-    job.greet(run, start, 'update', f'{sum(p.numel() for p in D.parameters()):,} weights on {device}')
+    job.greet(
+        run, start, 'update', f'{sum(p.numel() for p in D.parameters()):,} weights on {device}'
+    )
     if job.compile: D.model.compile()
     last = dict(back)
     stream = batches(data, t['batch'], stream_seed(job.seed, 'reals'), start, device, r.flip)
     rate = falling_rate(t['lr'], t['steps'], t['decay'])
     def logs():
-        for o in train_teacher(D, stream, t['steps']-start, lr=rate, halflife=t['halflife'], label_dropout=t['label_dropout'],
-                               groups=t.get('groups'), dtype=t.get('dtype', 'float32'), seed=job.seed, graph=job.graph, **back):
+        for o in train_teacher(
+            D,
+            stream,
+            t['steps'] - start,
+            lr=rate,
+            halflife=t['halflife'],
+            label_dropout=t['label_dropout'],
+            groups=t.get('groups'),
+            dtype=t.get('dtype', 'float32'),
+            seed=job.seed,
+            graph=job.graph,
+            **back,
+        ):
             last.update(o)
             yield dict(loss=o['loss'])
     kinds = sheet_conds(data)
-    def samples(conds, seed=0): return draw(teacher_sampler(last['ema'].net, **r.sampler), data.shape, conds, seed, device=device)
-    def evaluate(step, seconds): return job.judge(samples(eval_conds(data, r.n_watch), job.seed+1), fast=True)
-    def sheet(step, seconds): draw_picture(job, 'grid', run/'grids'/f'{step:06d}.png', lambda: (samples(kinds), data, kinds))
+    def samples(conds, seed=0):
+        return draw(
+            teacher_sampler(last['ema'].net, **r.sampler), data.shape, conds, seed, device=device
+        )
+    def evaluate(step, seconds):
+        return job.judge(samples(eval_conds(data, r.n_watch), job.seed+1), fast=True)
+    def sheet(step, seconds):
+        draw_picture(
+            job, 'grid', run / 'grids' / f'{step:06d}.png', lambda: (samples(kinds), data, kinds)
+        )
     def save(step, **more):
         check_weights(dict(net=D, average=last['ema']), step)
         save_step(run.state, step, lambda p: save_teacher_run(p, D, last, run=run.config, **more))
     every = r.teacher_every
-    seconds = follow(logs(), run, ('loss', *job.judge.columns), t['steps'], start, show='loss kid', log_every=every['log'],
-                     acts=[(every['eval'], evaluate)], save=(every['save'], save), after=[(every['show'], sheet)],
-                     kept=kept, stop=job.stop, bar=job.bar, say=job.tell)
+    seconds = follow(
+        logs(),
+        run,
+        ('loss', *job.judge.columns),
+        t['steps'],
+        start,
+        show='loss kid',
+        log_every=every['log'],
+        acts=[(every['eval'], evaluate)],
+        save=(every['save'], save),
+        after=[(every['show'], sheet)],
+        kept=kept,
+        stop=job.stop,
+        bar=job.bar,
+        say=job.tell,
+    )
     return last['ema'].net, seconds
 
 # %% ../nbs/26a_jobs.ipynb #99cfa1c2
@@ -143,10 +230,21 @@ def finish_teacher(
 ):
     "Write the teacher, measure the file that was written, draw"
     r,data,device = job.recipe,job.data,job.device
-    file = _export(net, run/'teacher.safetensors', job.iters, data=r.data, classes=class_names(data), styles=data.style_names)
+    file = _export(
+        net,
+        run / 'teacher.safetensors',
+        job.iters,
+        data=r.data,
+        classes=class_names(data),
+        styles=data.style_names,
+    )
     teacher,_ = load_denoiser(file, device)
-    if job.say: job.say(f'{file.name} written; now {job.n_eval:,} samples at {r.sampler["steps"]} Heun steps')
-    def samples(conds, seed=0): return draw(teacher_sampler(teacher, **r.sampler), data.shape, conds, seed, device=device)
+    if job.say:
+        job.say(
+            f'{file.name} written; now {job.n_eval:,} samples at {r.sampler["steps"]} Heun steps'
+        )
+    def samples(conds, seed=0):
+        return draw(teacher_sampler(teacher, **r.sampler), data.shape, conds, seed, device=device)
     row = job.judge(samples(eval_conds(data, job.n_eval))) | dict(nfe=2*r.sampler['steps']-1)
     rows = dict(real=job.judge.floor(job.n_eval), teacher=row)
     kinds = sheet_conds(data)
@@ -180,7 +278,9 @@ def train_teacher_job(
     return run
 
 # %% ../nbs/26a_jobs.ipynb #675668a9
-COLUMNS = tuple('g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos critic_lag ema_dist'.split())
+COLUMNS = tuple(
+    'g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos critic_lag ema_dist'.split()
+)
 
 # %% ../nbs/26a_jobs.ipynb #177e3280
 @dataclass(kw_only=True)
@@ -198,7 +298,12 @@ class DistillJob(Job):
     @property
     def facts(self): # That a generator's file keeps
         data = self.data
-        return dict(levels=self.dmd.cfg.levels, classes=class_names(data), styles=data.style_names, data=self.recipe.data)
+        return dict(
+            levels=self.dmd.cfg.levels,
+            classes=class_names(data),
+            styles=data.style_names,
+            data=self.recipe.data,
+        )
 
     def streams(self, at):
         "Conditions and real batches from an iteration on, this process's share"
@@ -208,14 +313,23 @@ class DistillJob(Job):
             return (cond_index(o, world.rows(cfg.batch//world.size)) for o in stream)
         conds = mine(cond_batches(data, cfg.batch, stream_seed(cfg.seed, 'conds'), at, device))
         if not cfg.gan and cfg.rollout=='sim': return conds,None
-        reals = batches(data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, self.recipe.flip)
+        reals = batches(
+            data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, self.recipe.flip
+        )
         return conds, mine(reals)
 
     def samples(self, G, conds, seed=0): # Bytes
-        return draw(student_sampler(G, self.dmd.cfg.levels), self.data.shape, conds, seed, device=self.device)
+        return draw(
+            student_sampler(G, self.dmd.cfg.levels),
+            self.data.shape,
+            conds,
+            seed,
+            device=self.device,
+        )
     def conds(self, n): # Of an evaluation
         return (self.recipe.conds or eval_conds)(self.data, n)
 
+# %% ../nbs/26a_jobs.ipynb #c21eb0f0
 class _Silent(Progress):
     "The bar of the processes that are not the first"
     def __init__(self, *args): self.bar = None
@@ -253,26 +367,55 @@ def prepare(
     rate = falling_rate(1., iters, r.decay, 0.01) if r.decay else None
     runner = GraphRunner() if watched.get('graph') else None
     probe = cond_to(data.conds(torch.arange(1)), device)
-    dmd = make(T, *first_networks(r, T, begin), cfg, probe=probe, runner=runner, rate=rate, **shared)
-    if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32: dmd.teacher.to(dmd.dtype)
-    config = dict(job='distill', data=r.data, images=images_facts(data, held, source), teacher=content_hash(file),
-                  holdout=r.holdout, flip=r.flip, config=asdict(cfg))
+    dmd = make(
+        T, *first_networks(r, T, begin), cfg, probe=probe, runner=runner, rate=rate, **shared
+    )
+    if r.half_teacher and device.type=='cuda' and dmd.dtype!=torch.float32:
+        dmd.teacher.to(dmd.dtype)
+    config = dict(
+        job='distill',
+        data=r.data,
+        images=images_facts(data, held, source),
+        teacher=content_hash(file),
+        holdout=r.holdout,
+        flip=r.flip,
+        config=asdict(cfg),
+    )
     paths = dict(images=source or r.data, teacher=teacher or r.data)
     if r.decay: config['decay'] = r.decay
     if begin:
         config['begin'] = content_hash(begun(begin))
         paths['begin'] = begin
-    return DistillJob(recipe=r, config=config, paths=paths, iters=iters, decay=r.decay, data=data, judge=judge,
-                      n_eval=n_eval or r.n_eval, device=device, teacher=T, file=file, dmd=dmd,
-                      world=world, accum=accum, guard=guard, **watched)
+    return DistillJob(
+        recipe=r,
+        config=config,
+        paths=paths,
+        iters=iters,
+        decay=r.decay,
+        data=data,
+        judge=judge,
+        n_eval=n_eval or r.n_eval,
+        device=device,
+        teacher=T,
+        file=file,
+        dmd=dmd,
+        world=world,
+        accum=accum,
+        guard=guard,
+        **watched,
+    )
 
 # %% ../nbs/26a_jobs.ipynb #4583ce8e
 def _check_options(r, cfg, iters, begin, guard):
     "What cannot go together"
     if r.continues and begin is None:
-        raise ValueError(f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)")
+        raise ValueError(
+            f"this recipe of '{r.data}' goes on from another run: give its folder (--begin)"
+        )
     if iters<=cfg.warmup_fake:
-        raise ValueError(f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}')
+        raise ValueError(
+            f'{iters} iterations end before the generator begins: warmup_fake is {cfg.warmup_fake}'
+        )
     if guard not in ('stop', 'rollback', 'off'):
         raise ValueError(f"guard must be stop, rollback or off, got '{guard}'")
 
@@ -287,7 +430,12 @@ def watch(
     save,load = (save_parallel, load_parallel) if job.shared else (save_state, load_state)
     kept = load_last(root, lambda p: load(dmd, p), job.tell)[0] or {}
     n,steps_ = sum(p.numel() for p in job.teacher.parameters()),len(dmd.cfg.levels)
-    job.greet(run, dmd.step, 'iteration', f"{n:,} weights, {steps_} step{'s'*(steps_>1)}, on {job.device}")
+    job.greet(
+        run,
+        dmd.step,
+        'iteration',
+        f"{n:,} weights, {steps_} step{'s' * (steps_ > 1)}, on {job.device}",
+    )
     if r.note and job.say: job.say(r.note)
     if job.compile: dmd.compile()
     watcher = _guard(job)
@@ -302,16 +450,38 @@ def watch(
         conds,reals = job.streams(dmd.step)
         logs = train(dmd, conds, job.iters-dmd.step, reals)
         if job.guard!='off': logs = watcher.watch(logs)
-        return follow(logs, run, COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in job.judge.columns), job.iters,
-                      dmd.step, show='dmd_loss fake_loss gan_g_loss kid', log_every=r.every['log'], acts=acts, after=after,
-                      extra=lambda: dict(g_updates=dmd.g_updates) | watcher.numbers(), save=(r.every['save'], write),
-                      kept=kept if world.main else {k: v for k,v in kept.items() if k!='rows'},
-                      agree=_agree if world.many else None, bar=job.bar if world.main else _Silent,
-                      stop=job.stop, say=job.tell)
+        return follow(
+            logs,
+            run,
+            COLUMNS + tuple(f'{p}{c}' for p in ('', 'raw_') for c in job.judge.columns),
+            job.iters,
+            dmd.step,
+            show='dmd_loss fake_loss gan_g_loss kid',
+            log_every=r.every['log'],
+            acts=acts,
+            after=after,
+            extra=lambda: dict(g_updates=dmd.g_updates) | watcher.numbers(),
+            save=(r.every['save'], write),
+            kept=kept if world.main else {k: v for k, v in kept.items() if k != 'rows'},
+            agree=_agree if world.many else None,
+            bar=job.bar if world.main else _Silent,
+            stop=job.stop,
+            say=job.tell,
+        )
     def batch(step): return [o and next(o) for o in job.streams(step)]
-    return guarded(go, watcher, run.folder, job.guard=='rollback', lambda: steps(root), lambda p: load(dmd, p),
-                   lambda **more: write(dmd.step, **more), kept, batch)
+    return guarded(
+        go,
+        watcher,
+        run.folder,
+        job.guard == 'rollback',
+        lambda: steps(root),
+        lambda p: load(dmd, p),
+        lambda **more: write(dmd.step, **more),
+        kept,
+        batch,
+    )
 
+# %% ../nbs/26a_jobs.ipynb #ca536ea5
 def _agree(name):
     "The first answer among those of several processes"
     return next(filter(None, each_rank(name)), None)
@@ -321,7 +491,9 @@ def _guard(job):
     "What looks at the run: it knows how bright the data are"
     x,batch = to_float(job.data.images[:2000]),job.dmd.cfg.batch
     n = batch if job.compile else min(64, max(16, batch//2))
-    return Guard(job.dmd, (x.mean().item(), x.std().item()), n=n, apart=30, alone=not job.world.many)
+    return Guard(
+        job.dmd, (x.mean().item(), x.std().item()), n=n, apart=30, alone=not job.world.many
+    )
 
 def _on_the_way(job, run):
     "What is done every so often: `(before a checkpoint, after it)`, pairs for `follow`"
@@ -329,10 +501,18 @@ def _on_the_way(job, run):
     seen,kinds = job.conds(min(r.n_watch, job.n_eval)),sheet_conds(data)
     def evaluate(step, seconds):
         row = job.judge(job.samples(dmd.ema.net, seen, 1), fast=True)
-        return row | {f'raw_{k}': v for k,v in job.judge(job.samples(dmd.G, seen, 1), fast=True).items()}
-    def keep(step, seconds): _export(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', step, **job.facts)
+        return row | {
+            f'raw_{k}': v for k, v in job.judge(job.samples(dmd.G, seen, 1), fast=True).items()
+        }
+    def keep(step, seconds):
+        _export(dmd.ema.net, run/'checkpoints'/f'{step:06d}.safetensors', step, **job.facts)
     def sheet(step, seconds):
-        draw_picture(job, 'grid', run/'grids'/f'{step:06d}.png', lambda: (job.samples(dmd.ema.net, kinds), data, kinds))
+        draw_picture(
+            job,
+            'grid',
+            run / 'grids' / f'{step:06d}.png',
+            lambda: (job.samples(dmd.ema.net, kinds), data, kinds),
+        )
     every = {k: v*main for k,v in r.every.items()}
     return [(every['eval'], evaluate)], [(every.get('keep', 0), keep), (every['show'], sheet)]
 
@@ -352,20 +532,28 @@ def finish(
     def measured(D): return judge(job.samples(D, conds)) | dict(nfe=nfe)
     rows = dict(real=judge.floor(n))
     if r.teacher_row:
-        x = teacher_samples(job.teacher, conds, job.file, r.sampler, cache=bundled_samples(r.data), device=device)
+        x = teacher_samples(
+            job.teacher, conds, job.file, r.sampler, cache=bundled_samples(r.data), device=device
+        )
         rows['teacher'] = judge(x) | dict(nfe=2*r.sampler['steps']-1)
-    rows['start'] = measured(job.teacher)  # until the warm-up ends the generator is the teacher's copy
+    # until the warm-up ends the generator is the teacher's copy
+    rows['start'] = measured(job.teacher)
     rows['generator'] = measured(G)
-    if r.best_row: rows |= best_row(read_log(run/'log.csv'), judge.columns[0], min(r.n_watch, n), nfe)
+    if r.best_row:
+        rows |= best_row(read_log(run/'log.csv'), judge.columns[0], min(r.n_watch, n), nfe)
     kinds = sheet_conds(data)
     def pairs():
-        teacher = draw(teacher_sampler(job.teacher, **r.sampler), data.shape, kinds, seed=1, device=device)
+        teacher = draw(
+            teacher_sampler(job.teacher, **r.sampler), data.shape, kinds, seed=1, device=device
+        )
         return teacher, job.samples(G, kinds, 1), data, kinds, r.sampler['steps'], nfe
     def pictures():
         names = 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid fid raw_fid'
         draw_picture(job, 'curves', run/'curves.png', lambda: (read_log(run/'log.csv'), names))
         draw_picture(job, 'pairs', run/'samples.png', pairs)
-    facts = dict(seconds=seconds, device=str(device), iterations=dmd.step, g_updates=dmd.g_updates, rows=rows)
+    facts = dict(
+        seconds=seconds, device=str(device), iterations=dmd.step, g_updates=dmd.g_updates, rows=rows
+    )
     run.finish(facts, keep_state, pictures)
 
 # %% ../nbs/26a_jobs.ipynb #e28fe2c2

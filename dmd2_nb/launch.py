@@ -27,24 +27,51 @@ def launch(
     if n<1: raise ValueError(f'n must be at least 1, got {n}')
     with tempfile.TemporaryDirectory() as d:
         local = not hasattr(sys.modules.get(f.__module__), '__file__') or f.__module__=='__main__'
-        code = textwrap.dedent(inspect.getsource(f)) if local else f'from {f.__module__} import {f.__name__}'
+        code = (
+            textwrap.dedent(inspect.getsource(f))
+            if local
+            else f'from {f.__module__} import {f.__name__}'
+        )
         script = Path(d)/'run.py'
-        script.write_text(f"{code}\n\nif __name__=='__main__':\n    import json\n    from dmd2_nb.launch import _start\n"
-                          f'    _start({f.__name__}, {n}, {d!r}, *json.loads({json.dumps([args, kwargs])!r}))\n', encoding='utf-8')
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path), PYTHONUNBUFFERED='1', DMD2_NB_LAUNCHED='1')
+        script.write_text(
+            f"{code}\n\nif __name__=='__main__':\n    import json\n    from dmd2_nb.launch import _start\n"
+            f'    _start({f.__name__}, {n}, {d!r}, *json.loads({json.dumps([args, kwargs])!r}))\n',
+            encoding='utf-8',
+        )
+        env = dict(
+            os.environ,
+            PYTHONPATH=os.pathsep.join(p or os.getcwd() for p in sys.path),
+            PYTHONUNBUFFERED='1',
+            DMD2_NB_LAUNCHED='1',
+        )
         env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
         env.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
-        p = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        p = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
         lines,late,asked = [],[],None
         timer = Timer(timeout or 1e6, lambda: (late.append(True), _stop(p)))
-        timer.daemon = True; timer.start()
+        timer.daemon = True
+        timer.start()
         try:
             with Signals(at_once=True):
                 try: _read(p, lines, show)
-                except KeyboardInterrupt as e: asked = e; _pass_on(p, e); _read(p, lines, show)  # a second one does not wait
-        finally: timer.cancel(); _stop(p)
-        if asked or (not p.returncode and any(Path(d).glob('*.stopped'))): raise _stopped(Path(d), asked)  # after a death the others are told to stop, too
-        if late: raise TimeoutError(f'{f.__name__} did not end within {timeout:g} s in {n} processes')
+                except KeyboardInterrupt as e:
+                    asked = e
+                    _pass_on(p, e)
+                    _read(p, lines, show)  # a second one does not wait
+        finally:
+            timer.cancel()
+            _stop(p)
+        if asked or (not p.returncode and any(Path(d).glob('*.stopped'))):
+            raise _stopped(Path(d), asked)  # after a death the others are told to stop, too
+        if late:
+            raise TimeoutError(f'{f.__name__} did not end within {timeout:g} s in {n} processes')
         if p.returncode: raise RuntimeError(_why(Path(d), lines))
         return [json.loads((Path(d)/f'{r}.json').read_text(encoding='utf-8')) for r in range(n)]
 
@@ -68,7 +95,11 @@ def _pass_on(p, e):
 def _stopped(folder, asked):
     "How far they were when they left, as one of them told"
     told = [json.loads(o.read_text(encoding='utf-8')) for o in folder.glob('*.stopped')]
-    name,text = max(told, key=lambda o: len(o[1]), default=('SIGTERM' if getattr(asked, 'code', 130)==143 else 'SIGINT', ''))
+    name, text = max(
+        told,
+        key=lambda o: len(o[1]),
+        default=('SIGTERM' if getattr(asked, 'code', 130) == 143 else 'SIGINT', ''),
+    )
     return Stopped(name, text)
 
 # %% ../nbs/36c_launch.ipynb #9ab44710
@@ -81,31 +112,65 @@ def _stop(p):
 # %% ../nbs/36c_launch.ipynb #e1698fba
 def _why(folder, lines):
     "One line on what stopped the processes: a rank's own error before an echo of it"
-    errors = [o.read_text(encoding='utf-8') for o in sorted(folder.glob('*.err'), key=lambda o: o.stat().st_mtime)]
+    errors = [
+        o.read_text(encoding='utf-8')
+        for o in sorted(folder.glob('*.err'), key=lambda o: o.stat().st_mtime)
+    ]
     own = [e for e in errors if 'stopped because another' not in e]
     lines = [*lines, *(o.read_text(encoding='utf-8') for o in folder.glob('end'))]
-    killed,silent = (re.search(o, ''.join(lines)) for o in (r'process (\d+) terminated with (.+)', r'rank \d+ has given no sign of life.*'))
-    return silent[0] if silent else own[0] if own else f'rank {killed[1]} died: {killed[2]}' if killed else (errors or [''.join(lines[-20:])])[0]
+    killed, silent = (
+        re.search(o, ''.join(lines))
+        for o in (r'process (\d+) terminated with (.+)', r'rank \d+ has given no sign of life.*')
+    )
+    return (
+        silent[0]
+        if silent
+        else own[0]
+        if own
+        else f'rank {killed[1]} died: {killed[2]}'
+        if killed
+        else (errors or [''.join(lines[-20:])])[0]
+    )
 
 # %% ../nbs/36c_launch.ipynb #48449ad8
 def _start(f, n, folder, args, kwargs):
     "In a fresh Python: one process per rank; the first that fails ends them all, and what started this one does not leave them behind"
     import logging, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once, before the fork
     from torch.multiprocessing import start_processes
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)  # the ranks answer
-    with suppress(ImportError): from torch.multiprocessing import _prctl_pr_set_pdeathsig as follow; follow(signal.SIGKILL)
+    with suppress(ImportError):
+        from torch.multiprocessing import _prctl_pr_set_pdeathsig as follow
+        follow(signal.SIGKILL)
     logging.getLogger('torch.multiprocessing.spawn').setLevel(logging.ERROR)
-    try: start_processes(_rank, (f, n, port, folder, args, kwargs), nprocs=n, start_method='fork' if os.name=='posix' else 'spawn')
-    except Exception as e: (Path(folder)/'end').write_text(str(e), encoding='utf-8'); sys.exit(1)
+    try:
+        start_processes(
+            _rank,
+            (f, n, port, folder, args, kwargs),
+            nprocs=n,
+            start_method='fork' if os.name == 'posix' else 'spawn',
+        )
+    except Exception as e:
+        (Path(folder)/'end').write_text(str(e), encoding='utf-8')
+        sys.exit(1)
 
 # %% ../nbs/36c_launch.ipynb #cb6941ff
 def _rank(i, f, n, port, folder, args, kwargs):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(
+        RANK=str(i),
+        LOCAL_RANK=str(i),
+        WORLD_SIZE=str(n),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+    )
     out = Path(folder)/str(i)
     try: out.with_suffix('.json').write_text(json.dumps(f(*args, **kwargs)), encoding='utf-8')
-    except Stopped as e: out.with_suffix('.stopped').write_text(json.dumps([e.name, e.text]), encoding='utf-8')
+    except Stopped as e:
+        out.with_suffix('.stopped').write_text(json.dumps([e.name, e.text]), encoding='utf-8')
     except BaseException as e:
         out.with_suffix('.err').write_text(f'rank {i}: {type(e).__name__}: {e}', encoding='utf-8')
         raise
@@ -119,4 +184,5 @@ def launch_command(
 ):
     "Run a command in several processes of this machine; what ends them comes back as one line"
     try: launch(getattr(import_module(module), name), n, argv, show=True)
-    except RuntimeError as e: raise ChildProcessError(f'{e}; the same command goes on from the last checkpoint') from None
+    except RuntimeError as e:
+        raise ChildProcessError(f'{e}; the same command goes on from the last checkpoint') from None

@@ -37,8 +37,13 @@ class CsvLog:
         try: old = read_log(self.path)
         except FileNotFoundError: why = 'is missing'
         except (OSError, ValueError) as e: why = f'cannot be read ({e})'
-        if old and set(old[0])-set(self.columns): why = f'has other columns: {", ".join(old[0])}'[:200]
-        keep = [{k: r[k] for k in self.columns if k in r} for r in old if r.get(self.columns[0], start+1)<=start]
+        if old and set(old[0])-set(self.columns):
+            why = f'has other columns: {", ".join(old[0])}'[:200]
+        keep = [
+            {k: r[k] for k in self.columns if k in r}
+            for r in old
+            if r.get(self.columns[0], start + 1) <= start
+        ]
         if mark and not why and not self._fits(keep, mark):
             why = f"holds {len(keep)} rows up to {self.columns[0]} {start}, not the {mark['rows']} that were written"
         there = self.path.exists()
@@ -90,7 +95,8 @@ def read_log(
             for r in csv.DictReader(f):
                 try: rows.append({k: float(v) for k,v in r.items() if v})
                 except (TypeError, ValueError): break  # a line cut short by a crash
-    except (UnicodeDecodeError, csv.Error) as e: raise ValueError(f'{path}: not a log ({e})') from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f'{path}: not a log ({e})') from None
     return rows
 
 # %% ../nbs/19a_logs.ipynb #44c3ace3
@@ -119,7 +125,12 @@ class Means:
     def add(self, log:dict): self.rows.append(dict(log))
 
     def _fetch(self):
-        pairs = [(k, v) for log in self.rows for k,v in log.items() if isinstance(v, Tensor) and v.numel()==1]
+        pairs = [
+            (k, v)
+            for log in self.rows
+            for k, v in log.items()
+            if isinstance(v, Tensor) and v.numel() == 1
+        ]
         for (k,_),x in zip(pairs, floats([v for _,v in pairs])):
             v,n = self.sums.get(k, (0., 0))
             self.sums[k] = v+x,n+1

@@ -58,7 +58,8 @@ class Pixels(nn.Module):
 def _named(name):
     "Errors say whose images they are about"
     try: yield
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith(str(name)) else f'{name}: {e}') from None
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(name)) else f'{name}: {e}') from None
 
 def _is_stats(source):
     p = Path(source)
@@ -88,28 +89,49 @@ class Real:
             data,held = open_data(r)
             sets = dict(train=data) | ({} if held is None else dict(held=held))
         elif (stats := _is_stats(source)): pass
-        elif (x := image_files(source)) is None: raise FileNotFoundError(f"{source}: neither a recipe ({', '.join(RECIPES)}) nor images nor statistics")
+        elif (x := image_files(source)) is None:
+            raise FileNotFoundError(
+                f"{source}: neither a recipe ({', '.join(RECIPES)}) nor images nor statistics"
+            )
         else: sets = dict(real=x)
         for x in sets.values():
-            if len(x)<8: raise ValueError(f'{source}: {len(x)} images are too few to compare with, at least 8 are needed')
+            if len(x)<8:
+                raise ValueError(
+                    f'{source}: {len(x)} images are too few to compare with, at least 8 are needed'
+                )
         name = features or (r.features if r else 'pixels' if sets else 'inception')
         more = dict(download=True) if download and name in ('inception', 'clip', 'dinov2') else {}
-        see = Features(Pixels().to(device), 'pixels', next(iter(sets.values())).shape[0] if sets else 3) if name=='pixels' else feature_extractor(name, device, weights, **more)
-        with _named(source): seen = {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see))
+        see = (
+            Features(
+                Pixels().to(device), 'pixels', next(iter(sets.values())).shape[0] if sets else 3
+            )
+            if name == 'pixels'
+            else feature_extractor(name, device, weights, **more)
+        )
+        with _named(source):
+            seen = {k: extract(x, see) for k,x in sets.items()} or dict(real=as_stats(source, see))
         return cls(see, seen, data, str(source), fingerprint(_made(source, r, sets), identity(see)))
 
     def row(self, images)->dict: # Numbers and their errors
         "How far images are from the real ones"
         f,(main,*others) = extract(images, self.see),self.sets
-        if not self.n: return dict(zip((self.column, f'{self.column}_se'), frechet_jackknife(f, self.sets[main], min(10, len(f)//2)))) | dict(n=len(f))
+        if not self.n:
+            return dict(
+                zip(
+                    (self.column, f'{self.column}_se'),
+                    frechet_jackknife(f, self.sets[main], min(10, len(f) // 2)),
+                )
+            ) | dict(n=len(f))
         row = compare_features(f, self.sets[main], self.see.name)
         for k in others: row[f'kid_{k}'],row[f'kid_{k}_se'] = kid(f, self.sets[k])
         return {k: v for k,v in row.items() if k not in ('n_real', 'features')}
 
     @property
-    def n(self): return 0 if isinstance(o := next(iter(self.sets.values())), Stats) else len(o) # Images of the main set; 0 where only statistics are known
+    # Images of the main set; 0 where only statistics are known
+    def n(self): return 0 if isinstance(o := next(iter(self.sets.values())), Stats) else len(o)
     @property
-    def column(self): return 'kid' if self.n else 'fid' if self.see.name=='inception' else 'frechet' # What decides
+    # What decides
+    def column(self): return 'kid' if self.n else 'fid' if self.see.name=='inception' else 'frechet'
 
     def floor(self, n:int)->dict: # As from `row`
         "Real images against the rest of them"
@@ -133,8 +155,13 @@ def checkpoints(
     p = Path(source)
     if not p.is_dir(): raise FileNotFoundError(f'{source}: no such folder')
     found = list((p/'checkpoints').glob('*.safetensors')) or list(p.glob('*.safetensors'))
-    if len(found)<2: raise ValueError(f'{source} has no two checkpoints to choose from (.safetensors in it or in its checkpoints/): dmd2_distill --keep-every writes them')
-    return sorted(found, key=lambda o: [int(t) if t.isdigit() else t for t in re.split(r'(\d+)', o.stem)])
+    if len(found)<2:
+        raise ValueError(
+            f'{source} has no two checkpoints to choose from (.safetensors in it or in its checkpoints/): dmd2_distill --keep-every writes them'
+        )
+    return sorted(
+        found, key=lambda o: [int(t) if t.isdigit() else t for t in re.split(r'(\d+)', o.stem)]
+    )
 
 # %% ../nbs/26b_measure.ipynb #3f42d160
 def metrics_file(
@@ -143,7 +170,8 @@ def metrics_file(
     "Where results go; a run's own are not touched"
     p = Path(out)
     if p.suffix!='.json': p = p/'metrics.json'
-    if p.name=='metrics.json' and (p.parent/'config.json').exists(): raise ValueError(f'{p} belongs to the run: choose another --out')
+    if p.name=='metrics.json' and (p.parent/'config.json').exists():
+        raise ValueError(f'{p} belongs to the run: choose another --out')
     return p
 
 def _known(path, about):
@@ -168,32 +196,57 @@ def measure(
 )->dict: # `rows` by name, the `settings` they share, and the hash of what they are measured against (`made`)
     "Everything measured alike; what an interrupted call has measured is not measured again"
     out = metrics_file(out) if out else None
-    plan = [(f'{s}: {f.stem}', f) for s in sources for f in checkpoints(s)] if sweep else [(str(s), image_files(s, n, seeds[0], say and tell) or s) for s in sources]
+    plan = (
+        [(f'{s}: {f.stem}', f) for s in sources for f in checkpoints(s)]
+        if sweep
+        else [(str(s), image_files(s, n, seeds[0], say and tell) or s) for s in sources]
+    )
     for i,(name,o) in enumerate(plan):  # what is wrong with any of them is said now
         if sweep: _header(o)
-        if isinstance(o, Drawn) and len(o)<4: raise ValueError(f'{name}: {len(o)} images have no third neighbour, at least 4 are needed')
+        if isinstance(o, Drawn) and len(o)<4:
+            raise ValueError(
+                f'{name}: {len(o)} images have no third neighbour, at least 4 are needed'
+            )
         if not isinstance(o, Drawn) and not (sweep and i): open_model(o, 'cpu', steps)
     ref = Real.of(against, device=device, **real)
-    settings = dict(version=__version__, against=ref.source, features=ref.see.name, n=n, n_real=ref.n, steps=steps)
+    settings = dict(
+        version=__version__,
+        against=ref.source,
+        features=ref.see.name,
+        n=n,
+        n_real=ref.n,
+        steps=steps,
+    )
     about = dict(settings=settings, made=ref.made)
     rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, about) if out else {}
     def write(rows):
         if out: write_text(out, json.dumps(about | dict(rows=rows), indent=1))
     def add(name, o, seed):
-        with _named(name): rows[name] = ref.row(o) if isinstance(o, Drawn) else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
+        with _named(name):
+            rows[name] = (
+                ref.row(o)
+                if isinstance(o, Drawn)
+                else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
+            )
         write(rows | {k: r for k,r in known.items() if k not in rows})
     for name,o in plan:
-        for seed in seeds[:1] if isinstance(o, Drawn) else seeds: add(name if isinstance(o, Drawn) or len(seeds)==1 else f'{name}, seed {seed}', o, seed)
+        for seed in seeds[:1] if isinstance(o, Drawn) else seeds:
+            add(name if isinstance(o, Drawn) or len(seeds)==1 else f'{name}, seed {seed}', o, seed)
     if sweep:
-        for s in sources: _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
+        for s in sources:
+            _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
     write(rows)
-    if say: say(f"{table(plus_minus({k: {c: v for c,v in r.items() if c!='sha256'} for k,r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)")
+    if say:
+        say(
+            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)"
+        )
     return about | dict(rows=rows)
 
 # %% ../nbs/26b_measure.ipynb #356b3625
 def _header(path):
     "Refuse a file that is cut short or was not written by `save_denoiser`, without reading its weights"
-    if 'denoiser' not in read_metadata(path): raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
+    if 'denoiser' not in read_metadata(path):
+        raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
 
 def _model_row(ref, source, n, seed, steps, device, old):
     file = Path(source)
@@ -203,14 +256,22 @@ def _model_row(ref, source, n, seed, steps, device, old):
     own = model.meta.get('data')
     balanced = recipe(own).conds if own and own.partition('-')[0] in {**RECIPES, **MORE} else None
     if ref.data is not None: conds = eval_conds(ref.data, n, seed)
-    elif balanced: conds = balanced(SimpleNamespace(label_dim=len(model.classes)), n)  # as its recipe is evaluated: ImageNet's classes in turn
+    elif balanced:
+        # as its recipe is evaluated: ImageNet's classes in turn
+        conds = balanced(SimpleNamespace(label_dim=len(model.classes)), n)
     else: conds = model.condition(n, seed=seed)
     x = draw(sampler, model.G.shape, n if conds is None else conds, seed, device=device)
     return ref.row(x) | dict(seed=seed) | (dict(sha256=mark) if mark else {})
 
 def _choose(source, plan, rows, column, seeds, add):
     "The best checkpoint and the last one, with a seed that had no part in the choice"
-    mean = lambda name: sum(r[column] for k,r in rows.items() if k==name or k.startswith(f'{name}, seed '))
+    mean = lambda name: sum(
+        r[column] for k, r in rows.items() if k == name or k.startswith(f'{name}, seed ')
+    )
     (best,file),(last,end),fresh = min(plan, key=lambda o: mean(o[0])),plan[-1],max(seeds)+1
-    add(f'{source}: best of {len(plan)} by {column} ({file.stem}), again with seed {fresh}', file, fresh)
+    add(
+        f'{source}: best of {len(plan)} by {column} ({file.stem}), again with seed {fresh}',
+        file,
+        fresh,
+    )
     if best!=last: add(f'{source}: last ({end.stem}), with seed {fresh}', end, fresh)

@@ -24,17 +24,26 @@ def sliced_wasserstein(
 )->float: # In the units of the samples
     "Work to turn one cloud into the other, averaged over directions"
     a,b = _flat(a, b)
-    v = torch.randn(a.shape[1], n_proj, generator=generator or rng(0, n_proj), dtype=a.dtype).to(a.device)
+    v = torch.randn(a.shape[1], n_proj, generator=generator or rng(0, n_proj), dtype=a.dtype).to(
+        a.device
+    )
     pa,pb = (_quantiles(x@(v/v.norm(dim=0)), max(len(a), len(b))) for x in (a, b))  # (n, n_proj)
     return ((pa-pb).abs()**p).mean().item()**(1/p)
 
 def _flat(*xs):
     "Clouds as float64 matrices of one width, or one clear error"
-    xs = [x.detach().flatten(1).to('cpu' if x.device.type=='mps' else x.device, torch.float64) for x in xs]
+    xs = [
+        x.detach().flatten(1).to('cpu' if x.device.type == 'mps' else x.device, torch.float64)
+        for x in xs
+    ]
     for x in xs:
         if not len(x): raise ValueError('a cloud without samples has no distance to anything')
-        if not x.isfinite().all(): raise ValueError(f'{(~x.isfinite()).any(1).sum()} of {len(x)} samples are not finite')
-    if len({x.shape[1] for x in xs})>1: raise ValueError(f'clouds of {xs[0].shape[1]} and {xs[1].shape[1]} features cannot be compared')
+        if not x.isfinite().all():
+            raise ValueError(f'{(~x.isfinite()).any(1).sum()} of {len(x)} samples are not finite')
+    if len({x.shape[1] for x in xs})>1:
+        raise ValueError(
+            f'clouds of {xs[0].shape[1]} and {xs[1].shape[1]} features cannot be compared'
+        )
     return xs
 
 def _quantiles(x, n):
@@ -52,22 +61,40 @@ def mmd(
     a,b = _flat(a, b)
     if bandwidths is None:
         d = torch.pdist(b[:1000])
-        bandwidths = d.median()*torch.tensor([0.25, 0.5, 1., 2., 4.], dtype=d.dtype, device=d.device)
+        bandwidths = d.median() * torch.tensor(
+            [0.25, 0.5, 1.0, 2.0, 4.0], dtype=d.dtype, device=d.device
+        )
     w = torch.as_tensor(bandwidths, dtype=a.dtype, device=a.device)
     def kernel(x, y):
         d2 = torch.cdist(x, y)**2
         return sum((-d2/(2*s**2)).exp() for s in w)/len(w)
-    return mmd2_unbiased(*(_kernel_sums(kernel, x, y).sum() for x,y in ((a, a), (b, b), (a, b))), len(a), len(b), len(a)*1., len(b)*1.).item()
+    return mmd2_unbiased(
+        *(_kernel_sums(kernel, x, y).sum() for x, y in ((a, a), (b, b), (a, b))),
+        len(a),
+        len(b),
+        len(a) * 1.0,
+        len(b) * 1.0,
+    ).item()
 
 def mmd2_unbiased(saa, sbb, sab, n, m, daa, dbb): # Kernel sums within and between two sets, their sizes, and the sums' diagonals
     "From sums of the kernel within and between clouds; `daa`, `dbb` are the sums over the diagonals"
     return (saa-daa)/(n*(n-1)) + (sbb-dbb)/(m*(m-1)) - 2*sab/(n*m)
 
+# %% ../nbs/16_metrics.ipynb #7683f585
 def _kernel_sums(kernel, x, y, cut_x=None, cut_y=None, block=2048):
     "Sums of the kernel over each pair of groups; groups are consecutive runs of rows, as long as `cut_*` says"
     cut_x,cut_y = cut_x or [len(x)],cut_y or [len(y)]
-    return torch.stack([torch.stack([sum(kernel(p, q).sum() for p in u.split(block) for q in v.split(block))
-                                     for v in y.split(cut_y)]) for u in x.split(cut_x)])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    sum(kernel(p, q).sum() for p in u.split(block) for q in v.split(block))
+                    for v in y.split(cut_y)
+                ]
+            )
+            for u in x.split(cut_x)
+        ]
+    )
 
 # %% ../nbs/16_metrics.ipynb #2e06c57d
 def mode_share(
@@ -77,7 +104,12 @@ def mode_share(
 )->Tensor: # Share of the samples at each mode, (k,); the sum is below 1 when some are near none
     "How samples spread over the modes"
     centres = modes if isinstance(modes, Tensor) else modes.means
-    if radius is None: radius = torch.inf if isinstance(modes, Tensor) else 3*torch.linalg.eigvalsh(modes.covs)[:,-1].sqrt()
+    if radius is None:
+        radius = (
+            torch.inf
+            if isinstance(modes, Tensor)
+            else 3 * torch.linalg.eigvalsh(modes.covs)[:, -1].sqrt()
+        )
     d,i = torch.cdist(x.detach().float(), centres.to(x.device).float()).min(1)
     r = torch.as_tensor(radius, dtype=torch.float32, device=x.device).expand(len(centres))
     return i[d<=r[i]].bincount(minlength=len(centres))/len(x)
@@ -116,8 +148,11 @@ def frechet_distance(
     cov2:Tensor, # Covariance of the second
 )->float: # Squared distance, at least 0
     "Wasserstein-2 distance between two Gaussians, squared"
-    mu1,cov1,mu2,cov2 = (torch.as_tensor(t).detach().to(torch.float64) for t in (mu1, cov1, mu2, cov2))
-    if mu1.shape!=mu2.shape: raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features cannot be compared')
+    mu1, cov1, mu2, cov2 = (
+        torch.as_tensor(t).detach().to(torch.float64) for t in (mu1, cov1, mu2, cov2)
+    )
+    if mu1.shape!=mu2.shape:
+        raise ValueError(f'statistics of {len(mu1)} and {len(mu2)} features cannot be compared')
     w,v = _eigh(cov1)
     root = (v*w.clamp(min=0).sqrt())@v.T
     cross = _eigh(root@cov2@root, False)[0].clamp(min=0).sqrt().sum()
@@ -139,16 +174,35 @@ def kid(
     "Kernel inception distance: unbiased MMD² with a cubic kernel, over all pairs, with its jackknife error"
     fa,fb = _flat(fa, fb)
     k = min(blocks, len(fa)//2, len(fb)//2)
-    if k<2: raise ValueError(f'{len(fa)} and {len(fb)} samples are too few: kid needs at least 4 of each')
-    fa,fb = (f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in (fa, fb))  # blocks must not follow the classes
+    if k<2:
+        raise ValueError(
+            f'{len(fa)} and {len(fb)} samples are too few: kid needs at least 4 of each'
+        )
+    # blocks must not follow the classes
+    fa,fb = (f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in (fa, fb))
     kernel = lambda x,y: (x@y.T/fa.shape[1]+1)**3
     ca,cb = (torch.tensor([len(o) for o in f.tensor_split(k)], dtype=f.dtype) for f in (fa, fb))
     la,lb = ca.long().tolist(),cb.long().tolist()
-    aa,bb,ab = (_kernel_sums(kernel, x, y, u, v).cpu() for x,y,u,v in ((fa, fa, la, la), (fb, fb, lb, lb), (fa, fb, la, lb)))
-    da,db = (torch.stack([((g*g).sum(1)/g.shape[1]+1).pow(3).sum() for g in f.split(l)]).cpu() for f,l in ((fa, la), (fb, lb)))
+    aa, bb, ab = (
+        _kernel_sums(kernel, x, y, u, v).cpu()
+        for x, y, u, v in ((fa, fa, la, la), (fb, fb, lb, lb), (fa, fb, la, lb))
+    )
+    da, db = (
+        torch.stack([((g * g).sum(1) / g.shape[1] + 1).pow(3).sum() for g in f.split(l)]).cpu()
+        for f, l in ((fa, la), (fb, lb))
+    )
     value = mmd2_unbiased(aa.sum(), bb.sum(), ab.sum(), len(fa), len(fb), da.sum(), db.sum())
-    without = lambda s: s.sum() - s.sum(0) - s.sum(1) + s.diagonal()  # for each i, the sum without row and column i
-    left = mmd2_unbiased(without(aa), without(bb), without(ab), len(fa)-ca, len(fb)-cb, da.sum()-da, db.sum()-db)
+    # for each i, the sum without row and column i
+    without = lambda s: s.sum() - s.sum(0) - s.sum(1) + s.diagonal()
+    left = mmd2_unbiased(
+        without(aa),
+        without(bb),
+        without(ab),
+        len(fa) - ca,
+        len(fb) - cb,
+        da.sum() - da,
+        db.sum() - db,
+    )
     return value.item(), ((k-1)/k*((left-left.mean())**2).sum()).sqrt().item()
 
 # %% ../nbs/16_metrics.ipynb #adaee709
@@ -160,8 +214,11 @@ def knn_precision_recall(
     block:int=1024, # Rows of distances at a time
 )->tuple: # (precision, its error, recall, its error); errors are nan without blocks
     "Share of samples within the reference's balls, and of the reference within the samples' (Kynkäänniemi et al., 2019)"
-    fa,fb = (f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in _flat(fa, fb))
-    if (few := min(len(fa), len(fb)))<=k: raise ValueError(f'{few} samples have no {k}-th neighbour')
+    fa, fb = (
+        f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in _flat(fa, fb)
+    )
+    if (few := min(len(fa), len(fb)))<=k:
+        raise ValueError(f'{few} samples have no {k}-th neighbour')
     if few-math.ceil(few/max(blocks, 1))<=k: blocks = 0
     cut = lambda n: [] if not blocks else torch.arange(n).tensor_split(blocks)
     def squares(x, f): # of distances; what float32 features cannot tell apart is equal
@@ -172,18 +229,32 @@ def knn_precision_recall(
     def radii(f): # (blocks+1, n): without each block, and of all
         out = []
         for d in squares(f, f):
-            near = [d[:,i].topk(min(k+1, len(i)), largest=False).values for i in (cut(len(f)) or [torch.arange(len(f))])]
-            out.append(torch.stack([torch.cat(near[:j]+near[j+1:], 1).kthvalue(k+1).values for j in (*range(blocks), len(near))]))
+            near = [
+                d[:, i].topk(min(k + 1, len(i)), largest=False).values
+                for i in (cut(len(f)) or [torch.arange(len(f))])
+            ]
+            out.append(
+                torch.stack(
+                    [
+                        torch.cat(near[:j] + near[j + 1 :], 1).kthvalue(k + 1).values
+                        for j in (*range(blocks), len(near))
+                    ]
+                )
+            )
         r = torch.cat(out, 1)
         for j,i in enumerate(cut(len(f))): r[j,i] = -1.  # the balls of a block go with it
         return r
     def share(x, f):
         r = radii(f)
-        hit = torch.cat([torch.stack([(d<=q).any(1) for q in r]) for d in squares(x, f)], 1).double()
+        hit = torch.cat(
+            [torch.stack([(d <= q).any(1) for q in r]) for d in squares(x, f)], 1
+        ).double()
         keep = torch.ones_like(hit)
         for j,i in enumerate(cut(len(x))): keep[j,i] = 0.
         v = ((hit*keep).sum(1)/keep.sum(1)).cpu()
-        return v[-1].item(), ((blocks-1)/blocks*(v[:-1]-v[:-1].mean()).square().sum()).sqrt().item() if blocks else math.nan
+        return v[-1].item(), (
+            (blocks - 1) / blocks * (v[:-1] - v[:-1].mean()).square().sum()
+        ).sqrt().item() if blocks else math.nan
     return *share(fa, fb), *share(fb, fa)
 
 # %% ../nbs/16_metrics.ipynb #420b748f

@@ -24,7 +24,11 @@ class FourierEmbedding(nn.Module):
     ):
         super().__init__()
         if dim%2: raise ValueError(f'dim must be even, got {dim}')
-        self.register_buffer('freqs', torch.linspace(math.log(min_freq), math.log(max_freq), dim//2).exp(), persistent=False)
+        self.register_buffer(
+            'freqs',
+            torch.linspace(math.log(min_freq), math.log(max_freq), dim // 2).exp(),
+            persistent=False,
+        )
 
     def forward(self, v:Tensor)->Tensor:
         "(b,) to (b, dim)"
@@ -39,10 +43,18 @@ def one_hot(
     "Labels as rows; None is the row of zeros, the unconditional input"
     if cond is None: return like.new_zeros(len(like), label_dim)
     if cond.ndim==1:
-        if not torch.compiler.is_compiling() and cond.device.type=='cpu' and len(cond) and not 0<=cond.min()<=cond.max()<label_dim:
+        if (
+            not torch.compiler.is_compiling()
+            and cond.device.type == 'cpu'
+            and len(cond)
+            and not 0 <= cond.min() <= cond.max() < label_dim
+        ):
             raise ValueError(f'labels must lie in 0..{label_dim-1}, got {cond.min()}..{cond.max()}')
         return F.one_hot(cond.long(), label_dim).to(like)
-    if cond.shape[1]!=label_dim: raise ValueError(f'condition has {cond.shape[1]} columns, the network knows {label_dim} classes')
+    if cond.shape[1]!=label_dim:
+        raise ValueError(
+            f'condition has {cond.shape[1]} columns, the network knows {label_dim} classes'
+        )
     return cond.to(like)
 
 # %% ../nbs/04_nets.ipynb #0d8645fa
@@ -62,7 +74,8 @@ class ToyNet(nn.Module):
         self.levels = nn.ModuleList(nn.Linear(32+label_dim, width) for _ in range(depth))
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.out = nn.Linear(width, dim)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def encode(self,
         x:Tensor,       # Scaled points, (b, dim)
@@ -94,10 +107,14 @@ class ResBlock(nn.Module):
     ):
         super().__init__()
         self.norm1,self.conv1 = nn.GroupNorm(_groups(cin), cin),nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2,self.conv2 = nn.GroupNorm(_groups(cout), cout),nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm2, self.conv2 = (
+            nn.GroupNorm(_groups(cout), cout),
+            nn.Conv2d(cout, cout, 3, padding=1),
+        )
         self.emb,self.drop = nn.Linear(emb, 2*cout),nn.Dropout(dropout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin!=cout else nn.Identity()
-        nn.init.zeros_(self.conv2.weight); nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, e):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -105,6 +122,7 @@ class ResBlock(nn.Module):
         h = self.conv2(self.drop(F.silu(self.norm2(h)*(1+scale)+shift)))
         return self.skip(x) + h
 
+# %% ../nbs/04_nets.ipynb #22dfae3d
 class Attention(nn.Module):
     "Self-attention over the pixels of a small map"
     def __init__(self,
@@ -112,13 +130,26 @@ class Attention(nn.Module):
         heads:int=2, # Heads, a divisor of `c`
     ):
         super().__init__()
-        self.heads,self.norm,self.qkv,self.proj = heads,nn.GroupNorm(_groups(c), c),nn.Conv2d(c, 3*c, 1),nn.Conv2d(c, c, 1)
-        nn.init.zeros_(self.proj.weight); nn.init.zeros_(self.proj.bias)
+        self.heads, self.norm, self.qkv, self.proj = (
+            heads,
+            nn.GroupNorm(_groups(c), c),
+            nn.Conv2d(c, 3 * c, 1),
+            nn.Conv2d(c, c, 1),
+        )
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
         b,c,h,w = x.shape
-        q,k,v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c//self.heads, h*w).transpose(-1,-2).unbind(1)
-        return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(-1,-2).reshape(b, c, h, w))
+        q, k, v = (
+            self.qkv(self.norm(x))
+            .reshape(b, 3, self.heads, c // self.heads, h * w)
+            .transpose(-1, -2)
+            .unbind(1)
+        )
+        return x + self.proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        )
 
 # %% ../nbs/04_nets.ipynb #88ce4bb2
 class UNet(nn.Module):
@@ -134,9 +165,18 @@ class UNet(nn.Module):
         dropout:float=0.,          # Share of features dropped in training
     ):
         super().__init__()
-        if img_resolution % 2**(len(channels)-1): raise ValueError(f'{img_resolution} pixels cannot be halved {len(channels)-1} times')
-        self.config = dict(img_resolution=img_resolution, in_channels=in_channels, label_dim=label_dim, channels=list(channels),
-                           blocks=blocks, attn=attn, emb=emb, dropout=dropout)
+        if img_resolution % 2**(len(channels)-1):
+            raise ValueError(f'{img_resolution} pixels cannot be halved {len(channels)-1} times')
+        self.config = dict(
+            img_resolution=img_resolution,
+            in_channels=in_channels,
+            label_dim=label_dim,
+            channels=list(channels),
+            blocks=blocks,
+            attn=attn,
+            emb=emb,
+            dropout=dropout,
+        )
         self.label_dim,self.shape = label_dim,(in_channels, img_resolution, img_resolution)
         self.bottleneck = (channels[-1],) + (img_resolution//2**(len(channels)-1),)*2
         self.embed = FourierEmbedding(64)
@@ -145,15 +185,27 @@ class UNet(nn.Module):
         self.inp = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down,skips,c = nn.ModuleList(),[channels[0]],channels[0]
         for i,co in enumerate(channels):
-            if i: self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1)); skips.append(c)
-            for _ in range(blocks): self.down.append(ResBlock(c, co, emb, dropout)); c = co; skips.append(c)
-        self.mid1,self.attn,self.mid2 = ResBlock(c, c, emb, dropout),Attention(c) if attn else nn.Identity(),ResBlock(c, c, emb, dropout)
+            if i:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+            for _ in range(blocks):
+                self.down.append(ResBlock(c, co, emb, dropout))
+                c = co
+                skips.append(c)
+        self.mid1, self.attn, self.mid2 = (
+            ResBlock(c, c, emb, dropout),
+            Attention(c) if attn else nn.Identity(),
+            ResBlock(c, c, emb, dropout),
+        )
         self.up = nn.ModuleList()
         for i,co in reversed(list(enumerate(channels))):
-            for _ in range(blocks+1): self.up.append(ResBlock(c+skips.pop(), co, emb, dropout)); c = co
+            for _ in range(blocks+1):
+                self.up.append(ResBlock(c+skips.pop(), co, emb, dropout))
+                c = co
             if i: self.up.append(nn.ConvTranspose2d(c, c, 4, stride=2, padding=1))
         self.norm,self.out = nn.GroupNorm(_groups(c), c),nn.Conv2d(c, in_channels, 3, padding=1)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def _down(self, x, c_noise, cond):
         e = self.map(self.embed(c_noise).to(x.dtype))

@@ -20,7 +20,8 @@ def add_noise(
     generator=None, # `torch.Generator` to draw with
 )->Tensor: # Noisy samples, (b, *dims)
     "Move each sample to its own noise level"
-    if noise is None: noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    if noise is None:
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     return x + append_dims(sigma, x).to(x)*noise
 
 # %% ../nbs/03_noise.ipynb #ac5e007f
@@ -33,7 +34,8 @@ def karras_sigmas(
     "Noise levels of EDM, equation 5"
     if n<1: raise ValueError(f'n must be at least 1, got {n}')
     if not sigma_min>0: raise ValueError(f'sigma_min must be above 0, got {sigma_min}')
-    if not sigma_max>=sigma_min: raise ValueError(f'sigma_max {sigma_max} is below sigma_min {sigma_min}')
+    if not sigma_max>=sigma_min:
+        raise ValueError(f'sigma_max {sigma_max} is below sigma_min {sigma_min}')
     lo,hi = sigma_min**(1/rho),sigma_max**(1/rho)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     sigmas = (hi + ramp*(lo-hi))**rho
@@ -45,11 +47,16 @@ def check_sigmas(
     sigmas, # Levels of a sampler or a few-step generator
 )->Tensor: # The same as a tensor, (k,)
     "Levels must be positive and fall, or one clear error"
-    s = torch.as_tensor(sigmas, dtype=torch.get_default_dtype() if not isinstance(sigmas, Tensor) else sigmas.dtype)
-    if s.ndim!=1 or len(s)==0: raise ValueError(f'levels must be a non-empty list, got shape {tuple(s.shape)}')
-    if s.is_cuda: return s  # values are checked on the CPU only: looking at them would wait for the GPU
+    s = torch.as_tensor(
+        sigmas, dtype=torch.get_default_dtype() if not isinstance(sigmas, Tensor) else sigmas.dtype
+    )
+    if s.ndim!=1 or len(s)==0:
+        raise ValueError(f'levels must be a non-empty list, got shape {tuple(s.shape)}')
+    # values are checked on the CPU only: looking at them would wait for the GPU
+    if s.is_cuda: return s
     v = s.tolist()
-    if not all(0<o<float('inf') for o in v): raise ValueError(f'levels must be finite and above 0, got {v}')
+    if not all(0<o<float('inf') for o in v):
+        raise ValueError(f'levels must be finite and above 0, got {v}')
     if any(b>=a for a,b in zip(v, v[1:])): raise ValueError(f'levels must fall, got {v}')
     return s
 
@@ -99,9 +106,14 @@ def sample_sigma(
     device=None,    # Where it comes to lie
 )->Tensor: # Levels, (n,)
     "Levels drawn evenly from the denoiser's bins `lo..hi`, or from EDM's 1000"
-    if not 0<=lo<=hi<=999: raise ValueError(f'bins must satisfy 0 <= lo <= hi <= 999, got {lo}..{hi}')
+    if not 0<=lo<=hi<=999:
+        raise ValueError(f'bins must satisfy 0 <= lo <= hi <= 999, got {lo}..{hi}')
     own = getattr(D, 'sample_sigma', None)
-    return own(n, lo, hi, generator=generator, device=device) if own else bin_sigmas(n, lo, hi, generator, device)
+    return (
+        own(n, lo, hi, generator=generator, device=device)
+        if own
+        else bin_sigmas(n, lo, hi, generator, device)
+    )
 
 # %% ../nbs/03_noise.ipynb #df7336c9
 def bin_sigmas(
@@ -116,7 +128,11 @@ def bin_sigmas(
     "Levels drawn evenly from bins `lo..hi` of 1000 rising Karras levels"
     i = torch.randint(lo, hi+1, (n,), generator=generator, device=device)
     a,b = sigma_min**(1/7),sigma_max**(1/7)
-    return ((a + i.double()/999*(b-a))**7 if i.device.type!='mps' else (a + i.float()/999*(b-a))**7).float()
+    return (
+        (a + i.double() / 999 * (b - a)) ** 7
+        if i.device.type != 'mps'
+        else (a + i.float() / 999 * (b - a)) ** 7
+    ).float()
 
 def loss_weight(
     D,            # Denoiser, or any callable

@@ -64,9 +64,16 @@ def series(
     n:int=150,    # Points at most
 )->list: # Pairs `(step, value)`
     "One column, thinned"
-    p = [(o['step'], o[name]) for o in rows if isinstance(o.get(name), (int, float)) and math.isfinite(o[name])]
+    p = [
+        (o['step'], o[name])
+        for o in rows
+        if isinstance(o.get(name), (int, float)) and math.isfinite(o[name])
+    ]
     k = max(1, math.ceil(len(p)/n))
-    return [(p[i:i+k][-1][0], sum(v for _,v in p[i:i+k])/len(p[i:i+k])) for i in range(0, len(p), k)]
+    return [
+        (p[i : i + k][-1][0], sum(v for _, v in p[i : i + k]) / len(p[i : i + k]))
+        for i in range(0, len(p), k)
+    ]
 
 def present(
     rows:list,     # Dicts of a log
@@ -79,6 +86,7 @@ def present(
 # %% ../nbs/40a_panels.ipynb #7824ca5c
 COLORS = '#1f6fb4 #d9660a #2a8f3c #b8272c'.split()
 
+# %% ../nbs/40a_panels.ipynb #9ad41c40
 def svg_plot(
     panel:Panel,      # Title, scale and bands
     data:dict,        # name -> points, from `present`
@@ -90,26 +98,47 @@ def svg_plot(
     log = panel.log and min(values)>0
     y_of = math.log10 if log else float
     lo,hi = y_of(min(values)),y_of(max(values))
-    if panel.line is not None and (panel.line>0 or not log): lo,hi = min(lo, y_of(panel.line)),max(hi, y_of(panel.line))
+    if panel.line is not None and (panel.line>0 or not log):
+        lo,hi = min(lo, y_of(panel.line)),max(hi, y_of(panel.line))
     gap = 0.06*(hi-lo) or 0.1*abs(hi) or 1.
-    lo,hi,first,last = lo-gap,hi+gap,min(s[0][0] for s in data.values()),last or max(s[-1][0] for s in data.values())
+    lo, hi, first, last = (
+        lo - gap,
+        hi + gap,
+        min(s[0][0] for s in data.values()),
+        last or max(s[-1][0] for s in data.values()),
+    )
     left,top,wide,high = 50,22,w-58,h-40
     x = lambda v: left+wide*(v-first)/max(last-first, 1)
     y = lambda v: top+high*(1-(y_of(v)-lo)/(hi-lo))
     text = lambda px,py,t,more='': f'<text x="{px:.0f}" y="{py:.0f}" {more}>{html.escape(t)}</text>'
-    out = [f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{html.escape(panel.title)}">', text(2, 13, panel.title, 'class="t"'),
-           f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#ccc"/>']
-    if panel.line is not None and (panel.line>0 or not log): out.append(f'<path d="M{left} {y(panel.line):.1f}h{wide}" stroke="#888" stroke-dasharray="2 3"/>')
-    for p,at in ((hi, top+9), (lo, top+high)): out.append(text(left-4, at, f'{10**p if log else p:.3g}', 'text-anchor="end"'))
+    out = [
+        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{html.escape(panel.title)}">',
+        text(2, 13, panel.title, 'class="t"'),
+        f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#ccc"/>',
+    ]
+    if panel.line is not None and (panel.line>0 or not log):
+        out.append(
+            f'<path d="M{left} {y(panel.line):.1f}h{wide}" stroke="#888" stroke-dasharray="2 3"/>'
+        )
+    for p,at in ((hi, top+9), (lo, top+high)):
+        out.append(text(left-4, at, f'{10**p if log else p:.3g}', 'text-anchor="end"'))
     out += [text(left, h-6, f'{first:g}'), text(left+wide, h-6, f'{last:g}', 'text-anchor="end"')]
     for (k,s),c in zip(data.items(), COLORS):
         path = ' '.join(f'{x(a):.1f},{y(b):.1f}' for a,b in s)
-        out.append(f'<polyline points="{path}" fill="none" stroke="{c}" stroke-width="1.4"/>' if len(s)>1 else f'<circle cx="{x(s[0][0]):.1f}" cy="{y(s[0][1]):.1f}" r="2" fill="{c}"/>')
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{c}" stroke-width="1.4"/>'
+            if len(s) > 1
+            else f'<circle cx="{x(s[0][0]):.1f}" cy="{y(s[0][1]):.1f}" r="2" fill="{c}"/>'
+        )
     return ''.join(out)+'</svg>'
 
+# %% ../nbs/40a_panels.ipynb #cc2fe486
 def legend(data:dict)->str: # Name -> points
     "Names in their colours, with their last values"
-    return ' '.join(f'<span style="color:{c}">{html.escape(k)} {s[-1][1]:.3g}</span>' for (k,s),c in zip(data.items(), COLORS))
+    return ' '.join(
+        f'<span style="color:{c}">{html.escape(k)} {s[-1][1]:.3g}</span>'
+        for (k, s), c in zip(data.items(), COLORS)
+    )
 
 # %% ../nbs/40a_panels.ipynb #3d54e84e
 def svg_points(
@@ -121,10 +150,18 @@ def svg_points(
     "A cloud as SVG"
     clouds = [(reference, '#bbb')]*(reference is not None)+[(x, COLORS[0])]
     lim = 1.15*clouds[0][0].abs().max().item() or 1.
-    out = [f'<svg viewBox="0 0 {size} {size}" width="{size}" height="{size}" role="img" aria-label="samples" style="border:1px solid #ccc">']
+    out = [
+        f'<svg viewBox="0 0 {size} {size}" width="{size}" height="{size}" role="img" aria-label="samples" style="border:1px solid #ccc">'
+    ]
     for c,color in clouds:
-        px = ((c[:most].detach().float().cpu()*torch.tensor([1., -1.])/lim+1)*size/2).clamp(-9, size+9).tolist()
-        out.append(f'<path d="{"".join(f"M{a:.1f} {b:.1f}h0" for a,b in px)}" stroke="{color}" stroke-width="2.5" stroke-linecap="round" opacity="0.6"/>')
+        px = (
+            ((c[:most].detach().float().cpu() * torch.tensor([1.0, -1.0]) / lim + 1) * size / 2)
+            .clamp(-9, size + 9)
+            .tolist()
+        )
+        out.append(
+            f'<path d="{"".join(f"M{a:.1f} {b:.1f}h0" for a, b in px)}" stroke="{color}" stroke-width="2.5" stroke-linecap="round" opacity="0.6"/>'
+        )
     return ''.join(out)+'</svg>'
 
 def img(
@@ -136,7 +173,7 @@ def img(
     t,f = tile(x, ncols),io.BytesIO()
     Image.fromarray(t.numpy()).save(f, 'png')
     zoom = max(1, 520//t.shape[1])
-    return f'<img alt="samples" width="{zoom*t.shape[1]}" style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    return f'<img alt="samples" width="{zoom * t.shape[1]}" style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
 
 # %% ../nbs/40a_panels.ipynb #6528c9c6
 def figure(
@@ -151,11 +188,25 @@ def figure(
     shown = present(rows, panels)
     axs = axes_row(max(len(shown)+(x is not None), 1), 2.8, 2.1, 4)
     for ax,(p,d) in zip(axs, shown):
-        for (k,s),c in zip(d.items(), COLORS): ax.plot(*zip(*s), color=c, lw=1, marker='.' if len(s)==1 else None, label=k)
+        for (k,s),c in zip(d.items(), COLORS):
+            ax.plot(*zip(*s), color=c, lw=1, marker='.' if len(s)==1 else None, label=k)
         if p.line is not None: ax.axhline(p.line, color='0.5', lw=0.8, ls=':')
         if p.log and all(v>0 for s in d.values() for _,v in s): ax.set_yscale('log')
-        ax.set_title(p.title, fontsize='small'); ax.tick_params(labelsize='x-small', which='both'); ax.legend(fontsize='x-small')
-    if x is not None and x.ndim==2: show_points(*([] if reference is None else [reference]), x, ax=axs[-1], size=2, colors=['0.75', COLORS[0]][reference is None:])
-    elif x is not None: axs[-1].imshow(tile(x, ncols), interpolation='nearest'); axs[-1].set_axis_off()
-    if x is not None: axs[-1].set_title('samples', fontsize='small'); axs[-1].tick_params(labelsize='x-small')
+        ax.set_title(p.title, fontsize='small')
+        ax.tick_params(labelsize='x-small', which='both')
+        ax.legend(fontsize='x-small')
+    if x is not None and x.ndim==2:
+        show_points(
+            *([] if reference is None else [reference]),
+            x,
+            ax=axs[-1],
+            size=2,
+            colors=['0.75', COLORS[0]][reference is None :],
+        )
+    elif x is not None:
+        axs[-1].imshow(tile(x, ncols), interpolation='nearest')
+        axs[-1].set_axis_off()
+    if x is not None:
+        axs[-1].set_title('samples', fontsize='small')
+        axs[-1].tick_params(labelsize='x-small')
     return axs[0].figure

@@ -44,9 +44,13 @@ class World:
     ): # `DeviceMesh` with one dimension, or with two for hybrid sharding
         "How the processes are laid out for `shard`"
         from torch.distributed.device_mesh import init_device_mesh
-        if shards is None: return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=('shard',))
-        if shards<1 or self.size%shards: raise ValueError(f'{self.size} processes cannot form groups of {shards}')
-        return init_device_mesh(self.device.type, (self.size//shards, shards), mesh_dim_names=('replicate','shard'))
+        if shards is None:
+            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=('shard',))
+        if shards<1 or self.size%shards:
+            raise ValueError(f'{self.size} processes cannot form groups of {shards}')
+        return init_device_mesh(
+            self.device.type, (self.size // shards, shards), mesh_dim_names=('replicate', 'shard')
+        )
 
 # %% ../nbs/36_parallel.ipynb #bb6a0fe9
 @contextmanager
@@ -56,21 +60,43 @@ def setup(
     silence:float=300.,  # Seconds without a sign of life from another process until the run ends, see `Pulse`; 0 for no limit
 ): # Context that gives a `World`
     "Join the run that torchrun started; without torchrun, a run of one process"
-    names,device = ('RANK','WORLD_SIZE','LOCAL_RANK','MASTER_ADDR','MASTER_PORT'),torch.device(device or default_device())
+    names, device = (
+        ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'),
+        torch.device(device or default_device()),
+    )
     here = [n for n in names if n in os.environ]
-    if int(os.environ.get('WORLD_SIZE', 1))==1: yield World(device=device); return
-    if len(here)<len(names): raise ValueError(f"{', '.join(here)} set but not {', '.join(n for n in names if n not in here)}: start with torchrun, or unset them")
+    if int(os.environ.get('WORLD_SIZE', 1))==1:
+        yield World(device=device)
+        return
+    if len(here)<len(names):
+        raise ValueError(
+            f"{', '.join(here)} set but not {', '.join(n for n in names if n not in here)}: start with torchrun, or unset them"
+        )
     rank,size,local = (int(os.environ[n]) for n in names[:3])
     if device.type=='cuda':
-        if local>=torch.cuda.device_count(): raise ValueError(f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}, so --nproc_per_node can be no more')
+        if local>=torch.cuda.device_count():
+            raise ValueError(
+                f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}, so --nproc_per_node can be no more'
+            )
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type=='cuda' else 'gloo', timeout=timedelta(seconds=timeout), rank=rank, world_size=size)
-    store = lambda: dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False)
+    dist.init_process_group(
+        'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+        timeout=timedelta(seconds=timeout),
+        rank=rank,
+        world_size=size,
+    )
+    store = lambda: dist.TCPStore(
+        os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False
+    )
     with Pulse(rank, size, silence, store):
         try: yield World(rank, size, device)
-        except Exception as e:  # the group is left as it is: taking it down would wait for the process that is gone
-            if lost_contact(e): raise RuntimeError(f'rank {rank} stopped because another of the {size} processes died or hung; its own message says why ({str(e).splitlines()[0][:120]})') from e
+        except Exception as e:
+            # the group is left as it is: taking it down would wait for the process that is gone
+            if lost_contact(e):
+                raise RuntimeError(
+                    f'rank {rank} stopped because another of the {size} processes died or hung; its own message says why ({str(e).splitlines()[0][:120]})'
+                ) from e
             raise
         dist.barrier()
     dist.destroy_process_group()
@@ -80,8 +106,20 @@ def lost_contact(
     e:BaseException, # What was raised
 )->bool:
     "Whether an error says that another process is gone"
-    words = ('gloo','nccl','connection closed by peer','connection reset','broken pipe','timed out','timeout')
-    return isinstance(e, dist.DistError) or isinstance(e, RuntimeError) and any(w in str(e).lower() for w in words)
+    words = (
+        'gloo',
+        'nccl',
+        'connection closed by peer',
+        'connection reset',
+        'broken pipe',
+        'timed out',
+        'timeout',
+    )
+    return (
+        isinstance(e, dist.DistError)
+        or isinstance(e, RuntimeError)
+        and any(w in str(e).lower() for w in words)
+    )
 
 # %% ../nbs/36_parallel.ipynb #126268bb
 def each_rank(
@@ -104,7 +142,9 @@ def fingerprint(
     def add(v):
         if isinstance(v, nn.Module): v = v.state_dict()
         if hasattr(v, 'to_local'): v = v.to_local()
-        if isinstance(v, Tensor): h.update(f'{v.dtype}{tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if isinstance(v, Tensor):
+            h.update(f'{v.dtype}{tuple(v.shape)}'.encode())
+            h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(v, dict): [add((k, o)) for k,o in v.items()]
         elif isinstance(v, (list, tuple)): [add(o) for o in v]
         else: h.update(repr(v).encode())
@@ -117,9 +157,24 @@ def all_ranks_same(
     what:str='a value that must be the same on all ranks', # Words for the message
 ): # `value`
     "Stop all ranks with one message if they disagree"
-    plain = value is None or isinstance(value, (bool, int, float, str)) or isinstance(value, (list, tuple)) and all(isinstance(v, (bool, int, float, str)) for v in value)
-    vs = each_rank(list(value) if isinstance(value, tuple) and plain else value if plain else fingerprint(value))
-    if any(v!=vs[0] for v in vs): raise RuntimeError(f"{what} differs between ranks: " + ', '.join(f'rank {r} has {v}' for r,v in enumerate(vs)))
+    plain = (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or isinstance(value, (list, tuple))
+        and all(isinstance(v, (bool, int, float, str)) for v in value)
+    )
+    vs = each_rank(
+        list(value)
+        if isinstance(value, tuple) and plain
+        else value
+        if plain
+        else fingerprint(value)
+    )
+    if any(v!=vs[0] for v in vs):
+        raise RuntimeError(
+            f"{what} differs between ranks: "
+            + ', '.join(f'rank {r} has {v}' for r, v in enumerate(vs))
+        )
     return value
 
 def all_ranks_differ(
@@ -166,7 +221,12 @@ def shard_units(
     total,units = size(net),[]
     def walk(m):
         for c in m.children():
-            n,whole = size(c),isinstance(c, nn.MultiheadAttention) or getattr(c, 'whole', False) or not any(size(o) for o in c.children())
+            n, whole = (
+                size(c),
+                isinstance(c, nn.MultiheadAttention)
+                or getattr(c, 'whole', False)
+                or not any(size(o) for o in c.children()),
+            )
             if type(c).forward is nn.Module.forward: walk(c)  # a ModuleList is never called
             elif n<least*total: continue
             elif n<=largest*total or whole: units.append(c)
@@ -185,9 +245,15 @@ def shard(
     keep:bool=False, # Fetched weights stay until `let_go`: fewer messages, and room for a whole network in `dtype`
 ): # `net`; state-dict keys stay as they are
     "Spread a network over the processes, a piece on each (FSDP2)"
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
     low = dtype in (torch.bfloat16, torch.float16)
-    policy = MixedPrecisionPolicy(dtype if low else None, torch.float32 if low else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        dtype if low else None, torch.float32 if low else None, cast_forward_inputs=False
+    )
     for m in shard_units(net) if units is None else units:
         fully_shard(m, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
     fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=not keep)
@@ -208,7 +274,8 @@ def let_go(net:nn.Module): # Network that went through `shard(keep=True)`
 def _settle(net):
     "Let FSDP2 note dtypes while every parameter that learns says so: DMD2's first pass may be one with frozen weights"
     state = net._get_fsdp_state() if hasattr(net, '_get_fsdp_state') else None
-    if hasattr(state, '_lazy_init') and not any(p.is_meta for p in net.parameters()): state._lazy_init()
+    if hasattr(state, '_lazy_init') and not any(p.is_meta for p in net.parameters()):
+        state._lazy_init()
     return net
 
 # %% ../nbs/36_parallel.ipynb #3c9a8e49
@@ -222,7 +289,9 @@ def average_grads(
     grads = [_as_it_lies(p.grad) for p in params if p.grad is not None]
     while grads:
         part,held = [],0
-        while grads and (not part or held+grads[0].numel()<=bucket and grads[0].dtype==part[0].dtype):
+        while grads and (
+            not part or held + grads[0].numel() <= bucket and grads[0].dtype == part[0].dtype
+        ):
             part.append(grads.pop(0))
             held += part[-1].numel()
         flat = torch.cat([g.reshape(-1) for g in part]).div_(size)
@@ -261,7 +330,8 @@ def on_meta(
     with _EmptyOnMeta(): net = make()
     for m in net.modules():
         for n,p in m.named_parameters(recurse=False):
-            if not p.is_meta: m.register_parameter(n, nn.Parameter(p.detach().to('meta'), p.requires_grad))
+            if not p.is_meta:
+                m.register_parameter(n, nn.Parameter(p.detach().to('meta'), p.requires_grad))
     return net
 
 # %% ../nbs/36_parallel.ipynb #0254ad14
@@ -279,8 +349,13 @@ def fill(
         for n,b in net.named_buffers(): b.copy_(buffers[n])
     for n,p in net.named_parameters():
         w = weights(n, tuple(p.shape)).to(device, p.dtype)
-        if tuple(w.shape)!=tuple(p.shape): raise ValueError(f'{n} has shape {tuple(p.shape)}, its weights have {tuple(w.shape)}')
-        if isinstance(p, DTensor): w,p = distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None).to_local(),p.to_local()
+        if tuple(w.shape)!=tuple(p.shape):
+            raise ValueError(f'{n} has shape {tuple(p.shape)}, its weights have {tuple(w.shape)}')
+        if isinstance(p, DTensor):
+            w, p = (
+                distribute_tensor(w, p.device_mesh, p.placements, src_data_rank=None).to_local(),
+                p.to_local(),
+            )
         p.copy_(w)
     return _settle(net)
 

@@ -20,8 +20,14 @@ def passes(
 )->dict: # Network -> passes an iteration: 'look', 'through' (gradient to the input), 'train'
     "How often each network runs in an iteration of DMD2; 'encode' is the fake score's way down"
     k,turn = (levels-1)/2,1/ttur
-    res = dict(teacher=dict(look=turn), G=dict(look=k+1-turn, train=turn), fake=dict(look=turn, train=1))
-    return res | (dict(encode=dict(through=turn, train=1), head=dict(through=turn, train=1)) if gan else {})
+    res = dict(
+        teacher=dict(look=turn),
+        G=dict(look=k + 1 - turn, train=turn),
+        fake=dict(look=turn, train=1),
+    )
+    return res | (
+        dict(encode=dict(through=turn, train=1), head=dict(through=turn, train=1)) if gan else {}
+    )
 
 # %% ../nbs/36b_parallel_cost.ipynb #ac18fd0a
 @dataclass(frozen=True)
@@ -46,18 +52,31 @@ def traffic(
     if ranks%shards: raise ValueError(f'{ranks} ranks cannot form groups of {shards}')
     groups = ranks//shards
     if shards==1:
-        learn = runs['G']['train']*sizes['G'] + sizes['fake'] + sizes.get('head', 0)*('head' in runs)
+        learn = (
+            runs['G']['train'] * sizes['G']
+            + sizes['fake']
+            + sizes.get('head', 0) * ('head' in runs)
+        )
         return Traffic(replicate=2*(ranks-1)/ranks*grad*learn)
-    fetched = sum(sizes[n]*(r.get('look', 0)+2*r.get('through', 0)+2*r.get('train', 0)) for n,r in runs.items())
+    fetched = sum(
+        sizes[n] * (r.get('look', 0) + 2 * r.get('through', 0) + 2 * r.get('train', 0))
+        for n, r in runs.items()
+    )
     added = sum(sizes[n]*r.get('train', 0) for n,r in runs.items())
     part = (shards-1)/shards
-    return Traffic(part*weight*fetched*accum, part*grad*added*accum, 2*(groups-1)/groups*grad*added/shards*accum)
+    return Traffic(
+        part * weight * fetched * accum,
+        part * grad * added * accum,
+        2 * (groups - 1) / groups * grad * added / shards * accum,
+    )
 
 # %% ../nbs/36b_parallel_cost.ipynb #717af71c
 class Wire(TorchDispatchMode):
     "Counts the bytes that this rank's collectives send, by the ring's reckoning"
     kinds = dict(_allgather_base_='gather', _reduce_scatter_base_='scatter', allreduce_='replicate')
-    def __init__(self): super().__init__(); self.sent = dict.fromkeys(self.kinds.values(), 0.)
+    def __init__(self):
+        super().__init__()
+        self.sent = dict.fromkeys(self.kinds.values(), 0.)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split('::')[-1].split('.')[0]
@@ -71,7 +90,14 @@ class Wire(TorchDispatchMode):
 def _group(a):
     "The process group in an argument of a collective"
     import torch.distributed as dist
-    try: return a if isinstance(a, dist.ProcessGroup) else dist.ProcessGroup.unbox(a) if isinstance(a, torch.ScriptObject) else None
+    try:
+        return (
+            a
+            if isinstance(a, dist.ProcessGroup)
+            else dist.ProcessGroup.unbox(a)
+            if isinstance(a, torch.ScriptObject)
+            else None
+        )
     except RuntimeError: return None
 
 # %% ../nbs/36b_parallel_cost.ipynb #a4bbccbb
@@ -95,5 +121,10 @@ def work(
     "Arithmetic of an iteration: the way back costs one pass for the input and one for the weights"
     cost = dict(look=1, through=2+remat, train=3+remat)
     twice = dict(teacher=2 if guidance else 1)
-    many = lambda n,kind: twice.get(n, 1)*(2 if n in ('encode','head') and kind=='train' else 1)  # the critic sees real and generated samples
-    return sum(flops[n]*cost[kind]*times*many(n, kind) for n,r in runs.items() for kind,times in r.items())
+    # the critic sees real and generated samples
+    many = lambda n,kind: twice.get(n, 1)*(2 if n in ('encode','head') and kind=='train' else 1)
+    return sum(
+        flops[n] * cost[kind] * times * many(n, kind)
+        for n, r in runs.items()
+        for kind, times in r.items()
+    )

@@ -23,9 +23,32 @@ from .system.atomic import begin_folder, drop_folder, finish_folder, fsync, reco
 from .system.checkpoint import _signed, check_sums, load_optim, optim_tensors, read_state
 from .system.tensors import check_fit, load_into, read_tensors, shard_index
 from .distill import DMD2
-from .parallel import World, all_ranks_same, average_grads, each_rank, fill, fingerprint, gather_state, let_go, rematerialise, shard, shard_units, syncing
+from dmd2_nb.parallel import (
+    World,
+    all_ranks_same,
+    average_grads,
+    each_rank,
+    fill,
+    fingerprint,
+    gather_state,
+    let_go,
+    rematerialise,
+    shard,
+    shard_units,
+    syncing,
+)
 from .parts import OneProcess
-from .train import check_run, load_state, net_parts, put_state, run_nets, run_state, save_state
+
+# %% ../nbs/36a_parallel_run.ipynb #efe639f5
+from dmd2_nb.train import (
+    check_run,
+    load_state,
+    net_parts,
+    put_state,
+    run_nets,
+    run_state,
+    save_state,
+)
 from .weights import build_denoiser, denoiser_config
 
 # %% ../nbs/36a_parallel_run.ipynb #7a03faf9
@@ -57,11 +80,18 @@ class ManyProcesses(OneProcess):
     def place(self, dmd):
         "Spread the networks over the ranks"
         c,n = dmd.cfg,self.size*self.accum
-        if c.batch%n: raise ValueError(f'batch {c.batch} cannot be cut into {self.size} ranks times {self.accum} pieces')
+        if c.batch%n:
+            raise ValueError(
+                f'batch {c.batch} cannot be cut into {self.size} ranks times {self.accum} pieces'
+            )
         dmd.device,dmd.sigmas = self.device,check_sigmas(list(c.levels)).to(self.device)
         dmd.dtype = compute_dtype(c.dtype, self.device)
         nets = dict(teacher=dmd.teacher, G=dmd.G, fake=dmd.fake, head=dmd.head, ema=dmd.ema.net)
-        nets = {n: m for n,m in nets.items() if isinstance(m, nn.Module) and (n!='ema' or m is not dmd.G)}
+        nets = {
+            n: m
+            for n, m in nets.items()
+            if isinstance(m, nn.Module) and (n != 'ema' or m is not dmd.G)
+        }
         if self.remat: self._rematerialise(dmd.G, dmd.fake)
         if self.many: _alike(_sums(nets))
         mesh = self.mesh(self.shards) if self.many and self.mode=='fsdp' else None
@@ -69,7 +99,12 @@ class ManyProcesses(OneProcess):
             empty = any(p.is_meta for p in m.parameters())
             if mesh is not None and any(True for _ in m.parameters()):
                 shard(m, mesh, None if n=='ema' else dmd.dtype, keep=self.keep and n!='ema')
-            if empty: fill(m.D if isinstance(m, Guided) else m, partial(self.weights, 'G' if n=='ema' else n), self.device)
+            if empty:
+                fill(
+                    m.D if isinstance(m, Guided) else m,
+                    partial(self.weights, 'G' if n == 'ema' else n),
+                    self.device,
+                )
             else: m.to(self.device)
         if mesh is not None and self.keep: self._keep(dmd)
 
@@ -105,7 +140,8 @@ class ManyProcesses(OneProcess):
     def pieces(self, *trees):
         sizes = [cond_len(t) for t in trees]
         for n in sizes:
-            if n%self.accum: raise ValueError(f'a batch of {n} a rank cannot be cut into {self.accum} pieces')
+            if n%self.accum:
+                raise ValueError(f'a batch of {n} a rank cannot be cut into {self.accum} pieces')
         for i in range(self.accum):
             rows = [slice(i*n//self.accum, (i+1)*n//self.accum) for n in sizes]
             with self.on(i): yield tuple(cond_index(t, r) for t,r in zip(trees, rows))
@@ -117,7 +153,8 @@ class ManyProcesses(OneProcess):
     def meet(self, params):
         if self.many and self.mode=='ddp': average_grads(params, self.size)
         for net in self.kept:
-            # the critic is let go of in the generator's turn too: it was fetched while frozen, and would stay so
+            # the critic is let go of in the generator's turn too: it was fetched while frozen, and
+            # would stay so
             if net is not self.generator or id(params[0]) in self.known: let_go(net)
         grads = [p.grad for p in params if p.grad is not None]
         if self.accum>1 and grads: torch._foreach_mul_(grads, 1/self.accum)
@@ -148,8 +185,16 @@ class ManyProcesses(OneProcess):
 
     def check(self, dmd, cond, real):
         "What must be the same is, what must differ does"
-        if not self.many or not self.check_every or (dmd.step%self.check_every and dmd.step>2): return
-        decisions = [dmd.step, dmd.g_updates, dmd.k, dmd.generators_turn(), dmd.from_real(), bool(dmd.gan_on)]
+        if not self.many or not self.check_every or (dmd.step%self.check_every and dmd.step>2):
+            return
+        decisions = [
+            dmd.step,
+            dmd.g_updates,
+            dmd.k,
+            dmd.generators_turn(),
+            dmd.from_real(),
+            bool(dmd.gan_on),
+        ]
         all_ranks_same(decisions, 'step, updates, k, turn, input or GAN switch')
         all_ranks_same([cond_len(cond), cond_len(real), dmd.batch], 'the size of the batch')
         for what,v in (('the noise', dmd.randn(2, 1)), ('the real batch', real)):
@@ -161,7 +206,9 @@ class ManyProcesses(OneProcess):
         conds = each_rank([fingerprint(cond), differ])
         self.same = self.same+1 if conds[0][1] and all(c==conds[0] for c in conds) else 0
         if self.same>2:
-            raise RuntimeError('the conditions were the same on all ranks three times in a row: give each rank its own rows')
+            raise RuntimeError(
+                'the conditions were the same on all ranks three times in a row: give each rank its own rows'
+            )
 
 # %% ../nbs/36a_parallel_run.ipynb #bd2052cb
 def _sums(nets):
@@ -172,10 +219,17 @@ def _sums(nets):
 def _alike(sums):
     "Stop all ranks if a weight of the start is not the same on all, and name it"
     every = each_rank(sums)
-    bad = [k for k in dict.fromkeys(k for o in every for k in o) if any(o.get(k)!=every[0].get(k) for o in every)]
+    bad = [
+        k
+        for k in dict.fromkeys(k for o in every for k in o)
+        if any(o.get(k) != every[0].get(k) for o in every)
+    ]
     if not bad: return
     held = ', '.join(f'rank {r} has the sum {o.get(bad[0])}' for r,o in enumerate(every))
-    raise RuntimeError(f"weight {bad[0]} differs between ranks: {held}" + (f'; {len(bad)-1} more do' if bad[1:] else ''))
+    raise RuntimeError(
+        f"weight {bad[0]} differs between ranks: {held}"
+        + (f'; {len(bad) - 1} more do' if bad[1:] else '')
+    )
 
 # %% ../nbs/36a_parallel_run.ipynb #65ecc21c
 class ParallelDMD2(DMD2):
@@ -186,8 +240,17 @@ class ParallelDMD2(DMD2):
         sync_each:bool=None, keep:bool=False, weights=None, check_every:int=50, # As for `ManyProcesses`
         **kwargs,      # As for `DMD2`
     ):
-        part = ManyProcesses(world, mode=mode, shards=shards, accum=accum, remat=remat, sync_each=sync_each,
-                             keep=keep, weights=weights, check_every=check_every)
+        part = ManyProcesses(
+            world,
+            mode=mode,
+            shards=shards,
+            accum=accum,
+            remat=remat,
+            sync_each=sync_each,
+            keep=keep,
+            weights=weights,
+            check_every=check_every,
+        )
         super().__init__(*args, world=part, **kwargs)
 
 # %% ../nbs/36a_parallel_run.ipynb #2887511d
@@ -209,6 +272,7 @@ def save_parallel(
         raise
     return folder
 
+# %% ../nbs/36a_parallel_run.ipynb #bfde546a
 def _write_pieces(dmd, tmp, folder, extra):
     "The files of all ranks, and the state that the first one writes"
     from safetensors.torch import save_file
@@ -216,11 +280,15 @@ def _write_pieces(dmd, tmp, folder, extra):
     _on_main(dmd.world, lambda: (tmp/'ranks').mkdir(), folder)
     _on_all(lambda: (tmp/'ranks').is_dir() or _unseen(tmp), folder)
     opts = {n: optim_tensors(getattr(dmd, n)) for n in ('opt_g','opt_fake')}
-    parts = {n: m.state_dict() for n,m in run_nets(dmd).items()} | {n: t for n,(t,_) in opts.items()}
+    parts = {n: m.state_dict() for n, m in run_nets(dmd).items()} | {
+        n: t for n, (t, _) in opts.items()
+    }
     def write():
         for n,d in parts.items():
-            d = {k: v.contiguous() for k,v in d.items()}  # the writer takes no channels-last tensors
-            if d: save(d, storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
+            # the writer takes no channels-last tensors
+            d = {k: v.contiguous() for k,v in d.items()}
+            if d:
+                save(d, storage_writer=HuggingFaceStorageWriter(str(tmp/n), save_distributed=True))
         save_file(_generators(dmd.world), _of_rank(tmp, dmd.world))
         mine = (*tmp.glob(f'*/shard-{dmd.world.rank+1:05d}-*'), _of_rank(tmp, dmd.world))
         for f in mine: fsync(f)
@@ -240,10 +308,14 @@ def load_parallel(
     folder,targets,opts,mine = Path(folder),[],{},{}
     _on_main(dmd.world, lambda: recover(folder), folder)
     def read():
-        if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder/"state.json"} is missing: not a checkpoint, or not on a disk that all ranks see')
+        if not (folder/'state.json').is_file():
+            raise FileNotFoundError(
+                f'{folder / "state.json"} is missing: not a checkpoint, or not on a disk that all ranks see'
+            )
         state,sums = read_state(folder)
         check_run(dmd, state, folder)
-        if state.get('ranks')==dmd.world.size: mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
+        if state.get('ranks')==dmd.world.size:
+            mine.update(read_tensors(_of_rank(folder, dmd.world))[0])
         for m,n in net_parts(dmd, _parts(folder), folder):
             targets.append((n, m, check_fit(m.state_dict(), _index(folder, n), folder/n)))
         for n in ('opt_g','opt_fake'): opts[n] = _room(getattr(dmd, n), _index(folder, n))
@@ -256,18 +328,26 @@ def load_parallel(
     for n,d in opts.items():
         _fetch(folder, n, d)
         load_optim(getattr(dmd, n), d, state['groups'][n])
-    for n,t in mine.items(): torch.cuda.set_rng_state(t, dmd.world.device) if n.endswith('cuda') else torch.set_rng_state(t)
+    for n,t in mine.items():
+        torch.cuda.set_rng_state(t, dmd.world.device) if n.endswith(
+            'cuda'
+        ) else torch.set_rng_state(t)
     return put_state(dmd, state)
 
 # %% ../nbs/36a_parallel_run.ipynb #ce4c45bc
 def _of_rank(folder, world): return folder/'ranks'/f'rank-{world.rank:05d}.safetensors'
 def _generators(world):
     "Where PyTorch's global generators of this rank are"
-    states = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(world.device)) if world.device.type=='cuda' else {})
+    states = dict(cpu=torch.get_rng_state()) | (
+        dict(cuda=torch.cuda.get_rng_state(world.device)) if world.device.type == 'cuda' else {}
+    )
     return {f'{world.rank}.{n}': t for n,t in states.items()}
 
 # %% ../nbs/36a_parallel_run.ipynb #540bf8a6
-def _files(folder, n): return sorted((folder/n).glob('*.safetensors')) or [f for f in [folder/f'{n}.safetensors'] if f.is_file()]
+def _files(folder, n):
+    return sorted((folder / n).glob('*.safetensors')) or [
+        f for f in [folder / f'{n}.safetensors'] if f.is_file()
+    ]
 def _parts(folder): return {p.name.removesuffix('.safetensors') for p in folder.iterdir()}
 def _index(folder, n): return {k: size for k,(size,_) in shard_index(_files(folder, n)).items()}
 
@@ -297,9 +377,12 @@ def _on_all(f, folder):
     errs = [(r, e) for r,e in enumerate(each_rank(err)) if e]
     if not errs: return res
     r,(kind,text) = errs[0]
-    raise {'ValueError': ValueError, 'FileNotFoundError': FileNotFoundError}.get(kind, OSError)(f'{folder}: rank {r}: {text}')
+    raise {'ValueError': ValueError, 'FileNotFoundError': FileNotFoundError}.get(kind, OSError)(
+        f'{folder}: rank {r}: {text}'
+    )
 def _on_main(world, f, folder): return _on_all(f if world.main else lambda: None, folder)
-def _unseen(path): raise OSError(f'{path} was made by rank 0 but is not there: the ranks do not share this disk')
+def _unseen(path):
+    raise OSError(f'{path} was made by rank 0 but is not there: the ranks do not share this disk')
 
 # %% ../nbs/36a_parallel_run.ipynb #a1c003f3
 def gather_net(
@@ -307,4 +390,8 @@ def gather_net(
 ): # The whole denoiser on the CPU on rank 0, None elsewhere
     "One plain network out of the pieces: to sample from, or to export to a single file"
     state = gather_state(D)
-    return load_into(build_denoiser(denoiser_config(D)), state, 'gathered network').eval() if state else None
+    return (
+        load_into(build_denoiser(denoiser_config(D)), state, 'gathered network').eval()
+        if state
+        else None
+    )

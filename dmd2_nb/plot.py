@@ -34,7 +34,9 @@ def axes_row(
     import matplotlib.pyplot as plt
     ncols = min(n, ncols or n)
     nrows = math.ceil(n/ncols)
-    axs = plt.subplots(nrows, ncols, figsize=(w*ncols, h*nrows), dpi=72, squeeze=False, layout='constrained')[1].ravel()
+    axs = plt.subplots(
+        nrows, ncols, figsize=(w * ncols, h * nrows), dpi=72, squeeze=False, layout='constrained'
+    )[1].ravel()
     for a in axs[n:]: a.set_axis_off()
     return axs[:n]
 
@@ -51,12 +53,20 @@ def show_points(
 ): # Axes
     "Scatter one or more clouds over each other"
     for x in xs:
-        if x.ndim!=2 or x.shape[1]!=2: raise ValueError(f'points must be (n, 2), got {tuple(x.shape)}')
+        if x.ndim!=2 or x.shape[1]!=2:
+            raise ValueError(f'points must be (n, 2), got {tuple(x.shape)}')
     ax = new_axes(ax)
     for i,x in enumerate(xs):
         p = x.detach().float().cpu()
-        ax.scatter(p[:,0], p[:,1], s=size, alpha=alpha, linewidths=0, color=colors[i] if colors else f'C{i}',
-                   label=labels[i] if labels else None)
+        ax.scatter(
+            p[:, 0],
+            p[:, 1],
+            s=size,
+            alpha=alpha,
+            linewidths=0,
+            color=colors[i] if colors else f'C{i}',
+            label=labels[i] if labels else None,
+        )
     ax.set_aspect('equal')
     if lim: ax.set(xlim=(-lim, lim), ylim=(-lim, lim))
     if title: ax.set_title(title)
@@ -89,10 +99,22 @@ def show_field(
     if arrows:
         p = plane(arrows+2).reshape(arrows+2, arrows+2, 2)[1:-1,1:-1].reshape(-1, 2)
         s = torch.full((len(p),), float(sigma))
-        v = mix.score(p, s) if hasattr(mix, 'score') else (mix(p, s, cond_repeat(cond, len(p)))-p)/s[:,None]**2
+        v = (
+            mix.score(p, s)
+            if hasattr(mix, 'score')
+            else (mix(p, s, cond_repeat(cond, len(p))) - p) / s[:, None] ** 2
+        )
         v = v/v.norm(dim=1, keepdim=True).clamp(min=1e-12).sqrt()
         p,v = p.cpu(),v.cpu()
-        ax.quiver(p[:,0], p[:,1], v[:,0], v[:,1], color=color if hasattr(mix, 'logp') else 'C0', width=0.005, alpha=0.8)
+        ax.quiver(
+            p[:, 0],
+            p[:, 1],
+            v[:, 0],
+            v[:, 1],
+            color=color if hasattr(mix, 'logp') else 'C0',
+            width=0.005,
+            alpha=0.8,
+        )
     ax.set_aspect('equal')
     ax.set(xlim=(-lim, lim), ylim=(-lim, lim), title=title or f'σ = {float(sigma):g}')
     return ax
@@ -104,7 +126,8 @@ def to_rgb(
     "Any image batch as colour bytes"
     x = torch.as_tensor(images).detach().cpu()
     if x.ndim==3: x = x[:,None]
-    if x.ndim!=4 or x.shape[1] not in (1,3): raise ValueError(f'images must be (n, h, w) or (n, 1 or 3, h, w), got {tuple(x.shape)}')
+    if x.ndim!=4 or x.shape[1] not in (1,3):
+        raise ValueError(f'images must be (n, h, w) or (n, 1 or 3, h, w), got {tuple(x.shape)}')
     check_finite(x, 'images')  # NaN would be drawn in black
     if x.dtype!=torch.uint8: x = ((x.float().clamp(-1, 1)+1)*127.5).round().byte()
     return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
@@ -152,8 +175,16 @@ def show_images(
     ax.set_axis_off()
     for i,t in enumerate(labels if labels is not None else ()):
         r,c = divmod(i, ncols)
-        ax.text(c*(w+pad)+w/2, r*(h+gap)+(gap-pad)*0.8, str(t), ha='center', va='bottom', fontsize=7)
-    for r,t in enumerate(rows or ()): ax.text(-pad, r*(h+gap)+gap-pad+h/2, str(t), ha='right', va='center', fontsize=8)
+        ax.text(
+            c * (w + pad) + w / 2,
+            r * (h + gap) + (gap - pad) * 0.8,
+            str(t),
+            ha='center',
+            va='bottom',
+            fontsize=7,
+        )
+    for r,t in enumerate(rows or ()):
+        ax.text(-pad, r*(h+gap)+gap-pad+h/2, str(t), ha='right', va='center', fontsize=8)
     if title: ax.set_title(title)
     return ax
 
@@ -167,7 +198,8 @@ def log_columns(
         for k,v in o.items():
             if isinstance(v, (int, float)) or (isinstance(v, Tensor) and v.numel()==1):
                 xs,ys = cols.setdefault(k, ([], []))
-                xs.append(i); ys.append(float(v))
+                xs.append(i)
+                ys.append(float(v))
     return cols
 
 # %% ../nbs/01_plot.ipynb #93e7f0fe
@@ -181,9 +213,14 @@ def show_losses(
 ): # Axes, a flat array (or `ax`)
     "One small plot per logged quantity"
     cols = log_columns(logs)
-    names = list(cols) if names is None else names.split() if isinstance(names, str) else list(names)
+    names = (
+        list(cols) if names is None else names.split() if isinstance(names, str) else list(names)
+    )
     missing = [k for k in names if k not in cols]
-    if missing: raise ValueError(f"the logs have no {', '.join(missing)}; they have {', '.join(cols) or 'nothing'}")
+    if missing:
+        raise ValueError(
+            f"the logs have no {', '.join(missing)}; they have {', '.join(cols) or 'nothing'}"
+        )
     if not names: raise ValueError('the logs are empty')
     axs = [ax]*len(names) if ax is not None else axes_row(len(names), 2.8, 1.9, ncols)
     for i,(a,k) in enumerate(zip(axs, names)):

@@ -34,7 +34,8 @@ def worth(
     "How many independent votes these are worth"
     k,n = len(votes),sum(votes)
     p = sum(wins)/n
-    if k<2 or p in (0., 1.): return float(k)  # all agree: nothing says that votes on one prompt are independent
+    # all agree: nothing says that votes on one prompt are independent
+    if k<2 or p in (0., 1.): return float(k)
     var = k/(k-1)*sum((w-m*p)**2 for w,m in zip(wins, votes))/n**2
     return min(float(n), p*(1-p)/var) if var>0 else float(n)
 
@@ -48,13 +49,18 @@ def read_votes(
     path = Path(path)
     if not path.is_file(): return []
     head,*lines = path.read_text(encoding='utf-8').split('\n')
-    if head.split(',')!=COLUMNS: raise ValueError(f"{path} holds no votes: it begins with '{head[:60]}'")
+    if head.split(',')!=COLUMNS:
+        raise ValueError(f"{path} holds no votes: it begins with '{head[:60]}'")
     return [o for line in lines if (o := _vote(line))]
 
 def _vote(line):
     "One line as a dict, or None where it is cut short"
     r = next(csv.reader([line]), [])
-    return dict(zip(COLUMNS, r))|dict(item=int(r[1])) if len(r)==len(COLUMNS) and r[1].isdigit() and {r[5], r[6]}<={'left', 'right'} else None
+    return (
+        dict(zip(COLUMNS, r)) | dict(item=int(r[1]))
+        if len(r) == len(COLUMNS) and r[1].isdigit() and {r[5], r[6]} <= {'left', 'right'}
+        else None
+    )
 
 # %% ../nbs/41_preference.ipynb #32f97090
 class PairVote:
@@ -68,11 +74,21 @@ class PairVote:
         votes:int=5,   # Wanted on each pair, by different people
         seed:int=0,    # Of orders and sides
     ):
-        self.images,self.prompts,self.file,self.voter,self.seed = dict(images),[' '.join(p.split()) for p in prompts],Path(file),str(voter),seed
+        self.images, self.prompts, self.file, self.voter, self.seed = (
+            dict(images),
+            [' '.join(p.split()) for p in prompts],
+            Path(file),
+            str(voter),
+            seed,
+        )
         self.ours = next(iter(images)) if against is None else against
-        if self.ours not in images or len(images)<2: raise ValueError(f"need at least two models, '{self.ours}' among them; got {', '.join(images)}")
+        if self.ours not in images or len(images)<2:
+            raise ValueError(
+                f"need at least two models, '{self.ours}' among them; got {', '.join(images)}"
+            )
         for k,x in images.items():
-            if len(x)!=len(prompts): raise ValueError(f"'{k}' has {len(x)} pictures for {len(prompts)} prompts")
+            if len(x)!=len(prompts):
+                raise ValueError(f"'{k}' has {len(x)} pictures for {len(prompts)} prompts")
         self.pairs = [(i, o) for i in range(len(prompts)) for o in images if o!=self.ours]
         self.votes = votes
         self.rows = self._open()
@@ -81,13 +97,20 @@ class PairVote:
         new = not self.file.exists() or not self.file.stat().st_size
         rows = [] if new else read_votes(self.file)
         for o in rows:
-            if not 0<=o['item']<len(self.pairs) or {o['left'], o['right']}!={self.ours, self.pairs[o['item']][1]} or o['prompt']!=self.prompts[self.pairs[o['item']][0]]:
-                raise ValueError(f"{self.file} holds votes of another study: item {o['item']} compares {o['left']} with {o['right']} for '{o['prompt']}'")
+            if (
+                not 0 <= o['item'] < len(self.pairs)
+                or {o['left'], o['right']} != {self.ours, self.pairs[o['item']][1]}
+                or o['prompt'] != self.prompts[self.pairs[o['item']][0]]
+            ):
+                raise ValueError(
+                    f"{self.file} holds votes of another study: item {o['item']} compares {o['left']} with {o['right']} for '{o['prompt']}'"
+                )
         if new: write_text(self.file, ','.join(COLUMNS)+'\n')
         else:
             text = self.file.read_bytes()
             tail = text[text.rfind(b'\n')+1:]  # of a line that was being written
-            if tail and _vote(tail.decode(errors='replace')): write_text(self.file, text.decode()+'\n')
+            if tail and _vote(tail.decode(errors='replace')):
+                write_text(self.file, text.decode()+'\n')
             elif tail: os.truncate(self.file, len(text)-len(tail))
         return rows
 
@@ -104,29 +127,48 @@ class PairVote:
         count = [0]*len(self.pairs)
         for o in self.rows: count[o['item']] += 1
         left = [i for i in range(len(self.pairs)) if i not in seen and count[i]<self.votes]
-        return min(left, key=lambda i: (count[i], random.Random(f'{self.seed} {self.voter} {i}').random()), default=None)
+        return min(
+            left,
+            key=lambda i: (count[i], random.Random(f'{self.seed} {self.voter} {i}').random()),
+            default=None,
+        )
 
     def shown(self)->tuple: # Prompt, left picture, right picture
         "What the voter sees"
         i = self.item
-        return self.prompts[self.pairs[i][0]], *(self.images[k][self.pairs[i][0]] for k in self.sides(i))
+        return self.prompts[self.pairs[i][0]], *(
+            self.images[k][self.pairs[i][0]] for k in self.sides(i)
+        )
 
     def vote(self,
         quality:str,   # 'left' or 'right': the better picture
         alignment:str, # The one closer to the text
     ):
         "Record both answers on the pair that is shown"
-        if not {quality, alignment}<={'left', 'right'}: raise ValueError(f"an answer is 'left' or 'right', got '{quality}' and '{alignment}'")
+        if not {quality, alignment}<={'left', 'right'}:
+            raise ValueError(f"an answer is 'left' or 'right', got '{quality}' and '{alignment}'")
         i = self.item
         if i is None: raise ValueError(f"nothing left to ask '{self.voter}'")
-        row = dict(zip(COLUMNS, (self.voter, i, self.prompts[self.pairs[i][0]], *self.sides(i), quality, alignment)))
-        with open(self.file, 'a', newline='', encoding='utf-8') as f: csv.writer(f, lineterminator='\n').writerow(row.values()); f.flush(); os.fsync(f.fileno())
+        row = dict(
+            zip(
+                COLUMNS,
+                (self.voter, i, self.prompts[self.pairs[i][0]], *self.sides(i), quality, alignment),
+            )
+        )
+        with open(self.file, 'a', newline='', encoding='utf-8') as f:
+            csv.writer(f, lineterminator='\n').writerow(row.values())
+            f.flush()
+            os.fsync(f.fileno())
         self.rows.append(row)
 
     @property
     def progress(self): # Votes of this voter so far, and those that could still be asked for
         done = sum(o['voter']==self.voter for o in self.rows)
-        return done, done+sum(self.votes>sum(o['item']==i for o in self.rows) and not any(o['item']==i and o['voter']==self.voter for o in self.rows) for i in range(len(self.pairs)))
+        return done, done + sum(
+            self.votes > sum(o['item'] == i for o in self.rows)
+            and not any(o['item'] == i and o['voter'] == self.voter for o in self.rows)
+            for i in range(len(self.pairs))
+        )
 
 # %% ../nbs/41_preference.ipynb #be6982ed
 def win_rates(
@@ -146,7 +188,19 @@ def win_rates(
             k,n = sum(wins.values()),sum(votes.values())
             eff = worth([wins[i] for i in votes], list(votes.values()))
             lo,hi = wilson(k/n*eff, eff)
-            res.append(dict(other=other, question=q, prompts=len(votes), votes=n, wins=k, rate=k/n, lo=lo, hi=hi, worth=eff))
+            res.append(
+                dict(
+                    other=other,
+                    question=q,
+                    prompts=len(votes),
+                    votes=n,
+                    wins=k,
+                    rate=k / n,
+                    lo=lo,
+                    hi=hi,
+                    worth=eff,
+                )
+            )
     return res
 
 # %% ../nbs/41_preference.ipynb #8a73fbd8
@@ -158,12 +212,25 @@ def show_rates(
 ): # Axes
     "Win rates as bars with their intervals, and the line of a tie"
     import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(4.6, 0.5+0.55*len(rates)), dpi=72, layout='constrained')[1]
+    if ax is None:
+        ax = plt.subplots(figsize=(4.6, 0.5+0.55*len(rates)), dpi=72, layout='constrained')[1]
     for y,o in enumerate(reversed(rates)):
         ax.barh(y, 100*o['rate'], color='C0' if o['question']=='quality' else 'C1', alpha=0.8)
-        ax.errorbar(100*o['rate'], y, xerr=[[100*(o['rate']-o['lo'])], [100*(o['hi']-o['rate'])]], color='k', capsize=3, lw=1)
+        ax.errorbar(
+            100 * o['rate'],
+            y,
+            xerr=[[100 * (o['rate'] - o['lo'])], [100 * (o['hi'] - o['rate'])]],
+            color='k',
+            capsize=3,
+            lw=1,
+        )
     ax.axvline(50, color='0.3', lw=1, ls=':')
-    ax.set(xlim=(0, 100), xlabel=f'votes for {ours}, %  {note}', yticks=range(len(rates)), yticklabels=[f"vs {o['other']}, {o['question']}" for o in reversed(rates)])
+    ax.set(
+        xlim=(0, 100),
+        xlabel=f'votes for {ours}, %  {note}',
+        yticks=range(len(rates)),
+        yticklabels=[f"vs {o['other']}, {o['question']}" for o in reversed(rates)],
+    )
     return ax
 
 # %% ../nbs/41_preference.ipynb #9ff63440
@@ -173,24 +240,48 @@ def ballot(
 ): # Widget
     "The study as a widget"
     try: import ipywidgets as W
-    except ImportError: raise ImportError("the ballot needs ipywidgets: pip install 'dmd2_nb[study]'") from None
+    except ImportError:
+        raise ImportError("the ballot needs ipywidgets: pip install 'dmd2_nb[study]'") from None
     from PIL import Image
     from dmd2_nb.grids import pil
     from dmd2_nb.images import to_uint8
     def png(x):
         f,im = io.BytesIO(),pil(x if x.dtype==torch.uint8 else to_uint8(x))
-        im.resize((width, width*im.height//im.width), Image.Resampling.NEAREST if im.width<width//2 else Image.Resampling.LANCZOS).save(f, 'png')
+        im.resize(
+            (width, width * im.height // im.width),
+            Image.Resampling.NEAREST if im.width < width // 2 else Image.Resampling.LANCZOS,
+        ).save(f, 'png')
         return f.getvalue()
-    text,count,send = W.HTML(),W.HTML(),W.Button(description='Next pair', button_style='primary', disabled=True)
+    text, count, send = (
+        W.HTML(),
+        W.HTML(),
+        W.Button(description='Next pair', button_style='primary', disabled=True),
+    )
     shown = [W.Image(format='png', width=width) for _ in range(2)]
-    asks = {q: W.ToggleButtons(options=[('left', 'left'), ('right', 'right')], value=None, description='', tooltips=[f'{q}: left', f'{q}: right']) for q in ('quality', 'alignment')}
-    rows = [W.HBox([W.HTML(f'<div style="width:{width}px">{t}</div>'), asks[q]]) for q,t in (('quality', 'Which picture is of better quality?'), ('alignment', 'Which is closer to the text?'))]
+    asks = {
+        q: W.ToggleButtons(
+            options=[('left', 'left'), ('right', 'right')],
+            value=None,
+            description='',
+            tooltips=[f'{q}: left', f'{q}: right'],
+        )
+        for q in ('quality', 'alignment')
+    }
+    rows = [
+        W.HBox([W.HTML(f'<div style="width:{width}px">{t}</div>'), asks[q]])
+        for q, t in (
+            ('quality', 'Which picture is of better quality?'),
+            ('alignment', 'Which is closer to the text?'),
+        )
+    ]
     box = W.VBox([text, W.HBox(shown), *rows, W.HBox([send, count])])
     def refresh():
         done,of = study.progress
         count.value = f'{done} of {of}'
         for a in asks.values(): a.value = None
-        if study.item is None: box.children = (W.HTML(f'<b>Thank you.</b> {done} pairs judged.'),); return
+        if study.item is None:
+            box.children = (W.HTML(f'<b>Thank you.</b> {done} pairs judged.'),)
+            return
         prompt,*pictures = study.shown()
         text.value = f'<b>{html.escape(prompt)}</b>'
         for w,x in zip(shown, pictures): w.value = png(x)

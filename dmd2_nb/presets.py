@@ -32,39 +32,108 @@ class Preset:
     paper:dict = field(default_factory=dict) # What the paper reports for it
 
     @property
-    def evaluations(self): return self.steps*(2 if self.guidance>1 and not self.embedded else 1)  # of the network
+    # of the network
+    def evaluations(self): return self.steps*(2 if self.guidance>1 and not self.embedded else 1)
 
 SDXL,SD15 = 'stabilityai/stable-diffusion-xl-base-1.0','stable-diffusion-v1-5/stable-diffusion-v1-5'
 DMD2_STEPS = (999, 749, 499, 249)
 SD15_FILE = 'model/sdv1.5/laion6.25_sd_baseline_8node_guidance1.75_lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_resume_fid8.35_checkpoint_model_041000/pytorch_model.bin'
 
 # %% ../nbs/37a_presets.ipynb #87babfcb
-def _row(fid, patch, clip, lpips=None): return {k: v for k,v in dict(fid=fid, patch_fid=patch, clip=clip, lpips=lpips).items() if v is not None}
+def _row(fid, patch, clip, lpips=None):
+    return {
+        k: v
+        for k, v in dict(fid=fid, patch_fid=patch, clip=clip, lpips=lpips).items()
+        if v is not None
+    }
 
-def _euler(guidance, paper): return Preset(base=SDXL, scheduler='EulerDiscreteScheduler', steps=50, guidance=guidance, paper=paper)
-def _lcm(steps, paper): return Preset(base=SDXL, scheduler='LCMScheduler', steps=steps, guidance=8., embedded=True, unet='latent-consistency/lcm-sdxl', paper=paper)
-def _turbo(steps, paper): return Preset(base='stabilityai/sdxl-turbo', scheduler='EulerAncestralDiscreteScheduler', options=dict(timestep_spacing='trailing'),
-                                        steps=steps, size=512, paper=paper)
-def _lightning(steps, file, paper, **options): return Preset(base=SDXL, scheduler='EulerDiscreteScheduler', options=dict(timestep_spacing='trailing') | options,
-                                                            steps=steps, unet='ByteDance/SDXL-Lightning', file=file, paper=paper)
-def _dmd2(timesteps, paper, **kw): return Preset(base=SDXL, scheduler='LCMScheduler', steps=len(timesteps), timesteps=timesteps, unet='tianweiy/DMD2', paper=paper, **kw)
+def _euler(guidance, paper):
+    return Preset(
+        base=SDXL, scheduler='EulerDiscreteScheduler', steps=50, guidance=guidance, paper=paper
+    )
+def _lcm(steps, paper):
+    return Preset(
+        base=SDXL,
+        scheduler='LCMScheduler',
+        steps=steps,
+        guidance=8.0,
+        embedded=True,
+        unet='latent-consistency/lcm-sdxl',
+        paper=paper,
+    )
+def _turbo(steps, paper):
+    return Preset(
+        base='stabilityai/sdxl-turbo',
+        scheduler='EulerAncestralDiscreteScheduler',
+        options=dict(timestep_spacing='trailing'),
+        steps=steps,
+        size=512,
+        paper=paper,
+    )
 
+# %% ../nbs/37a_presets.ipynb #b01f2f9b
+def _lightning(steps, file, paper, **options):
+    return Preset(
+        base=SDXL,
+        scheduler='EulerDiscreteScheduler',
+        options=dict(timestep_spacing='trailing') | options,
+        steps=steps,
+        unet='ByteDance/SDXL-Lightning',
+        file=file,
+        paper=paper,
+    )
+def _dmd2(timesteps, paper, **kw):
+    return Preset(
+        base=SDXL,
+        scheduler='LCMScheduler',
+        steps=len(timesteps),
+        timesteps=timesteps,
+        unet='tianweiy/DMD2',
+        paper=paper,
+        **kw,
+    )
+
+# %% ../nbs/37a_presets.ipynb #514cbbd9
 PRESETS = {
-    'sdxl cfg 6': _euler(6., _row(19.36, 21.38, .332, .64)),
-    'sdxl cfg 8': _euler(8., _row(20.39, 23.21, .335, .64)),
-    'lcm-sdxl 1': _lcm(1, _row(81.62, 154.40, .275)),
-    'lcm-sdxl 4': _lcm(4, _row(22.16, 33.92, .317, .61)),
-    'sdxl-turbo 1': _turbo(1, _row(24.57, 23.94, .337)),
-    'sdxl-turbo 4': _turbo(4, _row(23.19, 23.27, .334, .58)),
-    'sdxl-lightning 1': _lightning(1, 'sdxl_lightning_1step_unet_x0.safetensors', _row(23.92, 31.65, .316), prediction_type='sample'),
-    'sdxl-lightning 4': _lightning(4, 'sdxl_lightning_4step_unet.safetensors', _row(24.46, 24.56, .323, .63)),
-    'dmd2 1': _dmd2((399,), _row(19.01, 26.98, .336), file='dmd2_sdxl_1step_unet_fp16.bin'),
-    'dmd2 4': _dmd2(DMD2_STEPS, _row(19.32, 20.86, .332, .61), file='dmd2_sdxl_4step_unet_fp16.bin'),
+    'sdxl cfg 6': _euler(6.0, _row(19.36, 21.38, 0.332, 0.64)),
+    'sdxl cfg 8': _euler(8.0, _row(20.39, 23.21, 0.335, 0.64)),
+    'lcm-sdxl 1': _lcm(1, _row(81.62, 154.40, 0.275)),
+    'lcm-sdxl 4': _lcm(4, _row(22.16, 33.92, 0.317, 0.61)),
+    'sdxl-turbo 1': _turbo(1, _row(24.57, 23.94, 0.337)),
+    'sdxl-turbo 4': _turbo(4, _row(23.19, 23.27, 0.334, 0.58)),
+    'sdxl-lightning 1': _lightning(
+        1,
+        'sdxl_lightning_1step_unet_x0.safetensors',
+        _row(23.92, 31.65, 0.316),
+        prediction_type='sample',
+    ),
+    'sdxl-lightning 4': _lightning(
+        4, 'sdxl_lightning_4step_unet.safetensors', _row(24.46, 24.56, 0.323, 0.63)
+    ),
+    'dmd2 1': _dmd2((399,), _row(19.01, 26.98, 0.336), file='dmd2_sdxl_1step_unet_fp16.bin'),
+    'dmd2 4': _dmd2(
+        DMD2_STEPS, _row(19.32, 20.86, 0.332, 0.61), file='dmd2_sdxl_4step_unet_fp16.bin'
+    ),
     'dmd2 4 lora': _dmd2(DMD2_STEPS, dict(fid=19.68), lora='dmd2_sdxl_4step_lora_fp16.safetensors'),
-    'sd15 cfg 3': Preset(base=SD15, scheduler='PNDMScheduler', options=dict(skip_prk_steps=True, steps_offset=1), steps=50, guidance=3., size=512,
-                         paper=dict(fid=8.59, seconds=2.59)),
-    'sd15 dmd2 1': Preset(base=SD15, scheduler='LCMScheduler', steps=1, timesteps=(999,), size=512, unet='tianweiy/DMD2', file=SD15_FILE,
-                          paper=dict(fid=8.35, seconds=.09)),
+    'sd15 cfg 3': Preset(
+        base=SD15,
+        scheduler='PNDMScheduler',
+        options=dict(skip_prk_steps=True, steps_offset=1),
+        steps=50,
+        guidance=3.0,
+        size=512,
+        paper=dict(fid=8.59, seconds=2.59),
+    ),
+    'sd15 dmd2 1': Preset(
+        base=SD15,
+        scheduler='LCMScheduler',
+        steps=1,
+        timesteps=(999,),
+        size=512,
+        unet='tianweiy/DMD2',
+        file=SD15_FILE,
+        paper=dict(fid=8.35, seconds=0.09),
+    ),
 }
 
 # %% ../nbs/37a_presets.ipynb #957ce307
@@ -74,14 +143,19 @@ def apply_preset(
 ): # The pipeline
     "The preset's scheduler, on the pipeline's own noise schedule"
     import diffusers
-    logging.getLogger('diffusers.schedulers.scheduling_lcm').setLevel(logging.ERROR)  # it warns of every timestep that isn't its own choice
-    first = pipe.__dict__.setdefault('first_scheduler', pipe.scheduler.config)  # no preset inherits another's options
+    # it warns of every timestep that isn't its own choice
+    logging.getLogger('diffusers.schedulers.scheduling_lcm').setLevel(logging.ERROR)
+    # no preset inherits another's options
+    first = pipe.__dict__.setdefault('first_scheduler', pipe.scheduler.config)
     pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(first, **preset.options)
     if hasattr(pipe, 'tokenizer_2') and pipe.tokenizer.pad_token==pipe.tokenizer_2.pad_token:
-        raise ValueError(f"both tokenizers pad with '{pipe.tokenizer.pad_token}': the second must come from subfolder tokenizer_2, which pads with '!'")
+        raise ValueError(
+            f"both tokenizers pad with '{pipe.tokenizer.pad_token}': the second must come from subfolder tokenizer_2, which pads with '!'"
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../nbs/37a_presets.ipynb #e423bc65
 @torch.no_grad()
 def sample(
     pipe,          # From `apply_preset`
@@ -92,11 +166,23 @@ def sample(
 ): # uint8 (n, 3, size, size), on the CPU
     "Pictures of a preset, each from its own seed"
     if len(prompts)!=len(seeds): raise ValueError(f'{len(prompts)} prompts for {len(seeds)} seeds')
-    kw = dict(timesteps=list(preset.timesteps)) if preset.timesteps else dict(num_inference_steps=preset.steps)
+    kw = (
+        dict(timesteps=list(preset.timesteps))
+        if preset.timesteps
+        else dict(num_inference_steps=preset.steps)
+    )
     size = size or preset.size
-    out = pipe(list(prompts), guidance_scale=preset.guidance, height=size, width=size, output_type='pt',
-               generator=[torch.Generator().manual_seed(int(s)) for s in seeds], **kw).images
-    if not out.isfinite().all(): raise ValueError('the pipeline gave NaN: a float16 VAE? use one in float32 or bfloat16')
+    out = pipe(
+        list(prompts),
+        guidance_scale=preset.guidance,
+        height=size,
+        width=size,
+        output_type='pt',
+        generator=[torch.Generator().manual_seed(int(s)) for s in seeds],
+        **kw,
+    ).images
+    if not out.isfinite().all():
+        raise ValueError('the pipeline gave NaN: a float16 VAE? use one in float32 or bfloat16')
     return (out.float()*255).round().clamp(0, 255).byte().cpu()
 
 # %% ../nbs/37a_presets.ipynb #d12a53f0
@@ -114,14 +200,34 @@ def open_pipeline(
     def get(what, f):
         try: return f()
         except (OSError, ValueError) as e:
-            raise FileNotFoundError(f'{what} is neither a local folder nor in the cache ({str(e).splitlines()[0]}): give its path, or allow the download with download=True') from None
-    pipe = get(base or preset.base, lambda: DiffusionPipeline.from_pretrained(base or preset.base, **kw))
-    if getattr(pipe, 'safety_checker', None) is not None: pipe.safety_checker = None  # it blackens pictures that it mistakes, and the metrics would see them
+            raise FileNotFoundError(
+                f'{what} is neither a local folder nor in the cache ({str(e).splitlines()[0]}): give its path, or allow the download with download=True'
+            ) from None
+    pipe = get(
+        base or preset.base, lambda: DiffusionPipeline.from_pretrained(base or preset.base, **kw)
+    )
+    # it blackens pictures that it mistakes, and the metrics would see them
+    if getattr(pipe, 'safety_checker', None) is not None: pipe.safety_checker = None
     name = preset.lora or preset.file
     if name:
         from huggingface_hub import hf_hub_download
-        path = Path(unet) if unet else Path(get(f'{preset.unet}/{name}', lambda: hf_hub_download(preset.unet, name, local_files_only=not download)))
-        if preset.lora: pipe.load_lora_weights(str(path.parent), weight_name=path.name); pipe.fuse_lora()
+        path = (
+            Path(unet)
+            if unet
+            else Path(
+                get(
+                    f'{preset.unet}/{name}',
+                    lambda: hf_hub_download(preset.unet, name, local_files_only=not download),
+                )
+            )
+        )
+        if preset.lora:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+            pipe.fuse_lora()
         else: load_into(pipe.unet, one_dtype(read_state_dict(path), dtype), path)
-    elif preset.unet: pipe.unet = get(unet or preset.unet, lambda: UNet2DConditionModel.from_pretrained(unet or preset.unet, **kw))
+    elif preset.unet:
+        pipe.unet = get(
+            unet or preset.unet,
+            lambda: UNet2DConditionModel.from_pretrained(unet or preset.unet, **kw),
+        )
     return apply_preset(pipe.to(device), preset)

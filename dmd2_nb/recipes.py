@@ -25,12 +25,44 @@ def gan_weight(
     return 3e-3*math.sqrt(3*64*64/dims)
 
 fashion16_config = DMD2Config(
-    levels=(2.5,), ttur=3, batch=32, lr_g=1e-3, lr_fake=2e-3, lr_head=2e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-    dm_bins=(200,700), fake_bins=(150,800), gan_bins=(100,700), gan_g=0.02, gan_d=0.03, gan_start=100, warmup_fake=60, ema_halflife=20., seed=0)
+    levels=(2.5,),
+    ttur=3,
+    batch=32,
+    lr_g=1e-3,
+    lr_fake=2e-3,
+    lr_head=2e-3,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    dm_bins=(200, 700),
+    fake_bins=(150, 800),
+    gan_bins=(100, 700),
+    gan_g=0.02,
+    gan_d=0.03,
+    gan_start=100,
+    warmup_fake=60,
+    ema_halflife=20.0,
+    seed=0,
+)
 
+# %% ../nbs/14b_recipes.ipynb #5e094ba0
 emoji32_config = DMD2Config(
-    levels=(80.,), ttur=2, batch=128, lr_g=3e-4, lr_fake=6e-4, lr_head=1e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99),
-    dm_bins=(100,800), fake_bins=(50,900), gan_g=0.05, gan_d=0.1, gan_start=150, warmup_fake=150, ema_halflife=100., seed=0)
+    levels=(80.0,),
+    ttur=2,
+    batch=128,
+    lr_g=3e-4,
+    lr_fake=6e-4,
+    lr_head=1e-3,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    dm_bins=(100, 800),
+    fake_bins=(50, 900),
+    gan_g=0.05,
+    gan_d=0.1,
+    gan_start=150,
+    warmup_fake=150,
+    ema_halflife=100.0,
+    seed=0,
+)
 
 # %% ../nbs/14b_recipes.ipynb #63adb88c
 FOUR_STEPS = (80., 5., 1.2, 0.35) # Levels of `dmd2_distill --steps 4`
@@ -42,7 +74,8 @@ def config_changes(
     kinds,res = {f.name: type(f.default) for f in fields(DMD2Config)},{}
     for o in pairs or ():
         k,eq,v = o.partition('=')
-        if not eq or k not in kinds: raise ValueError(f"--set {o}: expected NAME=VALUE with one of {', '.join(kinds)}")
+        if not eq or k not in kinds:
+            raise ValueError(f"--set {o}: expected NAME=VALUE with one of {', '.join(kinds)}")
         try: value = v if kinds[k] is str else [_text_number(s) for s in v.split(',')]
         except ValueError: raise ValueError(f'--set {o}: {v} is no {kinds[k].__name__}') from None
         if kinds[k] in (int, float): value = value[0] if len(value)==1 else v
@@ -63,7 +96,10 @@ def config_levels(
     "The generator's input levels from what was asked for"
     if levels:
         try: return tuple(float(s) for s in levels.split(','))
-        except ValueError: raise ValueError(f"--levels '{levels}': expected falling numbers with commas between, such as 80,5,1.2,0.35") from None
+        except ValueError:
+            raise ValueError(
+                f"--levels '{levels}': expected falling numbers with commas between, such as 80,5,1.2,0.35"
+            ) from None
     if steps in (None, 1): return None
     if steps==4: return FOUR_STEPS
     raise ValueError(f'--steps {steps}: 1 and 4 have levels of their own; for others give --levels')
@@ -101,15 +137,18 @@ class Recipe:
     def __post_init__(self):
         "Each number is checked, also those in the dicts; an error names recipe and setting"
         name = f"recipe '{self.data}': "
-        for k in ('iters', 'n_eval', 'n_watch'): check_number(name+k, getattr(self, k), 1, 10**9, whole=True)
+        for k in ('iters', 'n_eval', 'n_watch'):
+            check_number(name+k, getattr(self, k), 1, 10**9, whole=True)
         for k in ('holdout', 'decay'): check_number(name+k, getattr(self, k), 0, 1)
         for part in ('every', 'teacher_every'):
-            for k,v in getattr(self, part).items(): check_number(f'{name}{part} {k}', v, 0, 10**9, whole=True)
+            for k,v in getattr(self, part).items():
+                check_number(f'{name}{part} {k}', v, 0, 10**9, whole=True)
         for part,limits in (('teacher', TEACHER_LIMITS), ('sampler', SAMPLER_LIMITS)):
             for k,v in getattr(self, part).items():
                 if k in limits: check_number(f'{name}{part} {k}', v, *limits[k])
         if 'dtype' in self.teacher: compute_dtype(self.teacher['dtype'], 'cpu')
-        for n in self.teacher.get('groups') or (): check_number(f'{name}teacher groups', n, 1, 10**6, whole=True)
+        for n in self.teacher.get('groups') or ():
+            check_number(f'{name}teacher groups', n, 1, 10**6, whole=True)
         for k,v in self.four.items(): self._check_four(f'{name}four ', k, v)
 
     @staticmethod
@@ -121,30 +160,115 @@ class Recipe:
 
 # %% ../nbs/14b_recipes.ipynb #14b5a001
 # least, most, bound to exceed, whether it is a whole number
-TEACHER_LIMITS = dict(steps=(1, 10**9, None, True), batch=(1, 10**7, None, True), lr=(None, 1, 0), halflife=(0, 10**9),
-                      label_dropout=(0, 1), decay=(0, 1))
+TEACHER_LIMITS = dict(
+    steps=(1, 10**9, None, True),
+    batch=(1, 10**7, None, True),
+    lr=(None, 1, 0),
+    halflife=(0, 10**9),
+    label_dropout=(0, 1),
+    decay=(0, 1),
+)
 SAMPLER_LIMITS = dict(steps=(1, 10**6, None, True), S_churn=(0, 10**6), S_noise=(0, 10**6))
 
 # %% ../nbs/14b_recipes.ipynb #ebc4794c
-RECIPES = {r.data: r for r in (
-    Recipe(data='fashion16', config=fashion16_config, iters=1350,
-           net=dict(net='UNet', args=dict(img_resolution=16, in_channels=1, label_dim=10, channels=[16,32,64], emb=64), sigma_data=0.6),
-           teacher=dict(steps=12_000, batch=64, lr=2e-3, halflife=300., label_dropout=0.1, decay=0.5),
-           sampler=dict(steps=32), features='small_classifier', n_eval=2000,
-           every=dict(log=10, show=160, save=160, eval=160), teacher_every=dict(log=50, show=2000, save=500, eval=0)),
-    Recipe(data='emoji32', config=emoji32_config, iters=35_000, decay=0.4, holdout=0.1,
-           four=dict(lr_g=1e-4, lr_fake=3e-4, gan_g=0.03, dm_bins=(20,980), fake_bins=(0,999), iters=7000, decay=0.5),
-           net=dict(net='ADMUNet', args=dict(img_resolution=32, in_channels=3, out_channels=3, label_dim=23, model_channels=64, channel_mult=[1,1,2], channel_mult_emb=2,
-                                             num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5),
-           teacher=dict(steps=75_000, batch=256, lr=1e-3, halflife=2000., label_dropout=0.1, groups=[17,6], decay=0.5, dtype='auto'),
-           sampler=dict(steps=18), features='lite0', n_eval=10_000, n_watch=2000,
-           every=dict(log=50, show=1000, save=2500, eval=2500), teacher_every=dict(log=100, show=5000, save=5000, eval=2500)),
-)}
-RECIPES['emoji64'] = replace(RECIPES['emoji32'], data='emoji64', config=replace(emoji32_config, lr_g=1e-4, lr_fake=3e-4, lr_head=3e-4), net=dict(
-    net='ADMUNet', args=dict(img_resolution=64, in_channels=3, out_channels=3, label_dim=23, model_channels=32, channel_mult=[1,2,3,4],
-                             num_blocks=1, attn_resolutions=[16,8], dropout=0.1), sigma_data=0.5))
+RECIPES = {
+    r.data: r
+    for r in (
+        Recipe(
+            data='fashion16',
+            config=fashion16_config,
+            iters=1350,
+            net=dict(
+                net='UNet',
+                args=dict(
+                    img_resolution=16, in_channels=1, label_dim=10, channels=[16, 32, 64], emb=64
+                ),
+                sigma_data=0.6,
+            ),
+            teacher=dict(
+                steps=12_000, batch=64, lr=2e-3, halflife=300.0, label_dropout=0.1, decay=0.5
+            ),
+            sampler=dict(steps=32),
+            features='small_classifier',
+            n_eval=2000,
+            every=dict(log=10, show=160, save=160, eval=160),
+            teacher_every=dict(log=50, show=2000, save=500, eval=0),
+        ),
+        Recipe(
+            data='emoji32',
+            config=emoji32_config,
+            iters=35_000,
+            decay=0.4,
+            holdout=0.1,
+            four=dict(
+                lr_g=1e-4,
+                lr_fake=3e-4,
+                gan_g=0.03,
+                dm_bins=(20, 980),
+                fake_bins=(0, 999),
+                iters=7000,
+                decay=0.5,
+            ),
+            net=dict(
+                net='ADMUNet',
+                args=dict(
+                    img_resolution=32,
+                    in_channels=3,
+                    out_channels=3,
+                    label_dim=23,
+                    model_channels=64,
+                    channel_mult=[1, 1, 2],
+                    channel_mult_emb=2,
+                    num_blocks=1,
+                    attn_resolutions=[16, 8],
+                    dropout=0.1,
+                ),
+                sigma_data=0.5,
+            ),
+            teacher=dict(
+                steps=75_000,
+                batch=256,
+                lr=1e-3,
+                halflife=2000.0,
+                label_dropout=0.1,
+                groups=[17, 6],
+                decay=0.5,
+                dtype='auto',
+            ),
+            sampler=dict(steps=18),
+            features='lite0',
+            n_eval=10_000,
+            n_watch=2000,
+            every=dict(log=50, show=1000, save=2500, eval=2500),
+            teacher_every=dict(log=100, show=5000, save=5000, eval=2500),
+        ),
+    )
+}
 
-MORE = dict(imagenet64='dmd2_nb.imagenet64') # First words of recipes that a module brings, in its own `RECIPES`
+# %% ../nbs/14b_recipes.ipynb #f14abab7
+RECIPES['emoji64'] = replace(
+    RECIPES['emoji32'],
+    data='emoji64',
+    config=replace(emoji32_config, lr_g=1e-4, lr_fake=3e-4, lr_head=3e-4),
+    net=dict(
+        net='ADMUNet',
+        args=dict(
+            img_resolution=64,
+            in_channels=3,
+            out_channels=3,
+            label_dim=23,
+            model_channels=32,
+            channel_mult=[1, 2, 3, 4],
+            num_blocks=1,
+            attn_resolutions=[16, 8],
+            dropout=0.1,
+        ),
+        sigma_data=0.5,
+    ),
+)
+
+# First words of recipes that a module brings, in its own `RECIPES`
+MORE = dict(imagenet64='dmd2_nb.imagenet64')
 
 def recipe(
     name:str, # 'fashion16', 'emoji32', 'emoji64', 'imagenet64', 'imagenet64-resume' ...
@@ -152,7 +276,10 @@ def recipe(
     "The recipe of a data set"
     own = MORE.get(name.partition('-')[0])
     known = import_module(own).RECIPES if own else RECIPES
-    if name not in known: raise ValueError(f"no recipe for '{name}': there are {', '.join(known if own else (*known, *MORE))}")
+    if name not in known:
+        raise ValueError(
+            f"no recipe for '{name}': there are {', '.join(known if own else (*known, *MORE))}"
+        )
     return known[name]
 
 # %% ../nbs/14b_recipes.ipynb #f119b573
@@ -162,7 +289,10 @@ def with_reference(
 )->Recipe:
     "The recipe with statistics to compare with"
     if path is None: return r
-    if not r.judge: raise ValueError(f"--reference {path}: '{r.data}' is compared with images, not with statistics")
+    if not r.judge:
+        raise ValueError(
+            f"--reference {path}: '{r.data}' is compared with images, not with statistics"
+        )
     return replace(r, judge=partial(r.judge, reference=path))
 
 # %% ../nbs/14b_recipes.ipynb #b3eb8877
@@ -174,7 +304,9 @@ def with_steps(
     "The recipe for so many steps of the generator"
     levels,four = config_levels(levels, steps),r.four if steps==4 else {}
     run = {k: v for k,v in four.items() if k in ('iters', 'decay')}
-    changes = {k: v for k,v in four.items() if k not in run} | (dict(levels=levels) if levels else {})
+    changes = {k: v for k, v in four.items() if k not in run} | (
+        dict(levels=levels) if levels else {}
+    )
     return replace(r, config=replace(r.config, **changes), **run)
 
 # %% ../nbs/14b_recipes.ipynb #3ad8b83a

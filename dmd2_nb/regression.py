@@ -29,11 +29,15 @@ class TeacherPairs:
         distance=None,   # What the loss compares with, as for `regression_loss`
     ):
         if n<1: raise ValueError(f'n must be at least 1, got {n}')
-        if cond_len(conds) not in (0, n): raise ValueError(f'{n} pairs need {n} conditions, got {cond_len(conds)}')
+        if cond_len(conds) not in (0, n):
+            raise ValueError(f'{n} pairs need {n} conditions, got {cond_len(conds)}')
         zs,xs = [],[]
         for i in range(0, n, batch):
-            z = torch.randn(min(batch, n-i), *shape, generator=rng(seed, 101, i, device=device), device=device)
-            xs.append(heun_sample(teacher, z, sigmas, cond_index(conds, slice(i, i+batch)))); zs.append(z)
+            z = torch.randn(
+                min(batch, n - i), *shape, generator=rng(seed, 101, i, device=device), device=device
+            )
+            xs.append(heun_sample(teacher, z, sigmas, cond_index(conds, slice(i, i+batch))))
+            zs.append(z)
         self.z,self.x,self.conds,self.distance = torch.cat(zs),torch.cat(xs),conds,distance
 
     def __len__(self): return len(self.z)
@@ -58,4 +62,6 @@ def regression_loss(
     "The first DMD's regression loss (DMD2, section 3)"
     z = at_least_float32(z)
     s = torch.as_tensor(sigma, device=z.device, dtype=z.dtype).expand(len(z))
-    return (distance or F.mse_loss)(at_least_float32(G(prior(G, z, s), s, cond)), at_least_float32(x))
+    return (distance or F.mse_loss)(
+        at_least_float32(G(prior(G, z, s), s, cond)), at_least_float32(x)
+    )

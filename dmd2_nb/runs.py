@@ -212,15 +212,19 @@ class _Found:
         "Fewer iterations than are done: nothing is changed"
         n = self.asked.iters
         if n is None or self.done is None or n>=self.done: return
-        raise ValueError(f'{self.folder} is at iteration {self.done} already, {n} were asked for: nothing is changed; '
-                         f'ask for {self.done} or more, or choose another --name')
+        raise ValueError(
+            f'{self.folder} is at iteration {self.done} already, {n} were asked for: nothing is changed; '
+            f'ask for {self.done} or more, or choose another --name'
+        )
 
     def check_files(self):
         "A file that an unfinished run was begun with now holds something else"
         if not self.moved: return
         what = ', '.join(str(self.asked.paths[k]) for k in self.moved)
-        raise ValueError(f'{self.folder} is unfinished and was begun with other contents of {what} ({_few(self.differ)}): '
-                         'put back what was there, say --overwrite or choose another --name')
+        raise ValueError(
+            f'{self.folder} is unfinished and was begun with other contents of {what} ({_few(self.differ)}): '
+            'put back what was there, say --overwrite or choose another --name'
+        )
 
     def take(self):
         "Go on with it; None where another process does"
@@ -231,7 +235,8 @@ class _Found:
             for p in self.folder.rglob('.*.tmp-*'):  # what a killed process was about to write
                 if p.is_file(): p.unlink()
             before = self.config.get('iters')
-            if self.finished: (self.folder/'metrics.json').rename(self.folder/f'metrics-{before}.json')
+            if self.finished:
+                (self.folder/'metrics.json').rename(self.folder/f'metrics-{before}.json')
             config = self.asked.whole()
             if config!=self.config: write_signed_json(self.folder/'config.json', config)
         except BaseException:
@@ -291,7 +296,9 @@ def claim_run(
 
 def _numbers(out, prefix):
     "Numbers of the default names that are taken, the last one first"
-    names = [p.name.removeprefix(f'{prefix}-') for p in out.glob(f'{prefix}-*')] if out.is_dir() else []
+    names = (
+        [p.name.removeprefix(f'{prefix}-') for p in out.glob(f'{prefix}-*')] if out.is_dir() else []
+    )
     return sorted((int(s) for s in names if s.isascii() and s.isdigit()), reverse=True)
 
 def _newest_of(found):
@@ -325,16 +332,21 @@ def _next_number(out, asked, prefix, numbers):
 def _tell_of_others(out, asked, run, found):
     "One line: which other runs are unfinished, and what differs"
     known = {o.folder for o in found} | {run.folder}
-    folders = sorted(p for p in out.iterdir() if (p/'config.json').is_file() and not p.name.startswith('.'))
+    folders = sorted(
+        p for p in out.iterdir() if (p / 'config.json').is_file() and not p.name.startswith('.')
+    )
     named = [_Found(p, asked) for p in folders if p not in known and not finished(p)]
     others = [o for o in [*found, *named] if o.folder!=run.folder]
     told = [f'{o.folder} ({_few(o.differ, 3) or "the same config"})' for o in others
             if o.config and not o.finished and o.config.get('job')==asked.config.get('job')]
     damaged = [o.damage for o in others if o.damage and not o.config]
-    ended = [f'{o.folder} is finished with the same config' for o in others if o.same and o.finished]
+    ended = [
+        f'{o.folder} is finished with the same config' for o in others if o.same and o.finished
+    ]
     if told: asked.tell(f'also unfinished: {_few(told, 3)}'[:600])
     if damaged: asked.warn(f'left alone: {_few(damaged, 2)}'[:600])
-    if ended and not run.resumed: asked.tell(f'{_few(ended, 2)}; this is a new run, {run.folder}'[:600])
+    if ended and not run.resumed:
+        asked.tell(f'{_few(ended, 2)}; this is a new run, {run.folder}'[:600])
 
 # %% ../nbs/19_runs.ipynb #9f8c01e2
 def _claim_named(out, asked, name, overwrite):
@@ -356,7 +368,9 @@ def _claim_named(out, asked, name, overwrite):
     if there.differ:
         if not there.finished: there.check_files()
         job = [d for d in there.differ if d.startswith('job ')]
-        raise ValueError(f'{folder} holds a run of another config ({_few(job or there.differ)}): {ways}')
+        raise ValueError(
+            f'{folder} holds a run of another config ({_few(job or there.differ)}): {ways}'
+        )
     if there.finished and not there.longer: raise ValueError(f'{folder} {_ended(there)}: {ways}')
     run = there.take()
     if run is None: raise ValueError(busy)
@@ -371,7 +385,8 @@ def _busy(folder):
 
 def _begin_anew(folder, asked):
     lock = _lock(folder)
-    if lock is None: raise ValueError(f'{folder} is being written by another process: choose another --name')
+    if lock is None:
+        raise ValueError(f'{folder} is being written by another process: choose another --name')
     _remove(folder)
     os.close(lock)
     return _claim_new(folder, asked)
@@ -380,6 +395,8 @@ def _begin_anew(folder, asked):
 def _ended(o):
     "In which way a finished run does not go on"
     n,done = o.asked.iters,o.done
-    if n is None or done is None or n==done: return 'holds a finished run' + (f' of {done} iterations' if done else '')
-    if n<done: return f'holds a finished run of {done} iterations, {n} were asked for: nothing is changed'
+    if n is None or done is None or n==done:
+        return 'holds a finished run' + (f' of {done} iterations' if done else '')
+    if n<done:
+        return f'holds a finished run of {done} iterations, {n} were asked for: nothing is changed'
     return f'holds a finished run of {done} iterations without checkpoints (--keep-state keeps them), so it cannot go on to {n}'

@@ -29,8 +29,14 @@ def heun_states(
 ): # Yields `(x, sigma)` from pure noise to `sigma` 0, n+1 pairs
     "The path of `heun_sample`, state by state"
     sigmas = check_sigmas(sigmas).double()
-    x = prior(D, z, sigmas[0].to(z.device, z.dtype)).double() if z.device.type!='mps' else prior(D, z, sigmas[0].to(z))
-    sig = lambda s: torch.full((len(z),), float(s), device=z.device, dtype=at_least_float32(z).dtype)
+    x = (
+        prior(D, z, sigmas[0].to(z.device, z.dtype)).double()
+        if z.device.type != 'mps'
+        else prior(D, z, sigmas[0].to(z))
+    )
+    sig = lambda s: torch.full(
+        (len(z),), float(s), device=z.device, dtype=at_least_float32(z).dtype
+    )
     den = lambda x,s: D(x.to(at_least_float32(z).dtype), sig(s), cond).to(x)
     yield x.to(z), sigmas[0]
     for s,t in zip(sigmas, [*sigmas[1:], sigmas.new_zeros(())]):
@@ -74,11 +80,21 @@ def few_step_states(
     sigmas = check_sigmas(sigmas)
     dtype = at_least_float32(z).dtype
     def level(i): # no transfer inside a CUDA graph
-        return sigmas[i].to(dtype).expand(len(z)) if sigmas.device==z.device else torch.full((len(z),), float(sigmas[i]), dtype=dtype, device=z.device)
+        return (
+            sigmas[i].to(dtype).expand(len(z))
+            if sigmas.device == z.device
+            else torch.full((len(z),), float(sigmas[i]), dtype=dtype, device=z.device)
+        )
     x,noises = prior(G, z, level(0)),None if noises is None else iter(noises)
     for i in range(len(sigmas)):
         yield x, level(i)
-        if i+1<len(sigmas): x = add_noise(G(x, level(i), cond), level(i+1), None if noises is None else next(noises), generator)
+        if i+1<len(sigmas):
+            x = add_noise(
+                G(x, level(i), cond),
+                level(i + 1),
+                None if noises is None else next(noises),
+                generator,
+            )
 
 @torch.no_grad()
 def few_step_sample(
@@ -117,7 +133,8 @@ def few_step_batches(
     progress=None, # Wraps the iteration over batches
 ): # Yields samples (b, *shape), a batch at a time, n in all
     "Few-step samples, each with its own noise: the one way in which they are drawn from a seed"
-    if cond_len(cond) not in (0, n): raise ValueError(f'{n} samples were asked for, the condition has {cond_len(cond)} rows')
+    if cond_len(cond) not in (0, n):
+        raise ValueError(f'{n} samples were asked for, the condition has {cond_len(cond)} rows')
     batch = batch or (250 if torch.device(device).type=='cpu' else 1000)
     for i in (progress or iter)(range(0, n, batch)):
         rows = range(i, min(i+batch, n))

@@ -27,8 +27,10 @@ class Signals:
         self.at_once,self.name,self.old = at_once,None,{}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread do it
-            for n in self.NAMES[:1 if self.at_once else 2]: self.old[n] = signal.signal(getattr(signal, n), self.note)
+        # Python lets no other thread do it
+        if threading.current_thread() is threading.main_thread():
+            for n in self.NAMES[:1 if self.at_once else 2]:
+                self.old[n] = signal.signal(getattr(signal, n), self.note)
         self.opened.append(self)
         return self
     def __exit__(self, *exc):
@@ -55,11 +57,18 @@ class Pulse:
         silence:float, # Seconds without a sign of life until one counts as lost; 0 for no limit
         store,         # Function that connects to where all met; `store().add(name, n)` adds to a number and gives the sum
     ):
-        self.rank,self.silence,self.store,self.pause,self.over = rank,silence,store,min(1., silence/4),threading.Event()
+        self.rank, self.silence, self.store, self.pause, self.over = (
+            rank,
+            silence,
+            store,
+            min(1.0, silence / 4),
+            threading.Event(),
+        )
         self.quiet = {r: 0. for r in range(size) if r!=rank}
 
     def __enter__(self):
-        for f in (self.tell, self.watch) if self.silence else (): threading.Thread(target=f, daemon=True).start()
+        for f in (self.tell, self.watch) if self.silence else ():
+            threading.Thread(target=f, daemon=True).start()
         return self
     def __exit__(self, *exc): self.over.set()
 
@@ -70,7 +79,8 @@ class Pulse:
             while not self.over.wait(self.pause):
                 store.add(f'pulse {self.rank}', 1)
                 for r in self.quiet:
-                    if (n := store.add(f'pulse {r}', 0))!=heard.get(r): heard[r],self.quiet[r] = n,0.
+                    if (n := store.add(f'pulse {r}', 0))!=heard.get(r):
+                        heard[r],self.quiet[r] = n,0.
 
     def watch(self):
         "Count the seconds; those in which this process stood still itself are not held against the others"
@@ -83,5 +93,9 @@ class Pulse:
 
     def end(self, rank):
         "The main thread may wait for ever, so it is not asked"
-        print(f'rank {rank} has given no sign of life for {self.silence:g} s (stopped, or cut off)', file=sys.stderr, flush=True)
+        print(
+            f'rank {rank} has given no sign of life for {self.silence:g} s (stopped, or cut off)',
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)

@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .system.checkpoint import check_fields, load_folder, load_optim, optim_tensors, save_folder
+from dmd2_nb.system.checkpoint import (
+    check_fields,
+    load_folder,
+    load_optim,
+    optim_tensors,
+    save_folder,
+)
 from .system.tensors import check_fit, load_into, read_metadata, read_state_dict
 from .core import EMA, compute_dtype, cond_map, cond_to, rng
 from .denoiser import EDMPrecond, dsm_loss
@@ -22,7 +28,14 @@ from .graphs import CudaGraph
 from .nets import one_hot
 from .noise import lognormal_sigmas
 from .system.safe_pickle import MAGIC, Thing, module_state, read_pickle
-from .weights import GUIDANCE_PARTS, build_denoiser, guidance_parts, load_denoiser, modest, save_denoiser
+from dmd2_nb.weights import (
+    GUIDANCE_PARTS,
+    build_denoiser,
+    guidance_parts,
+    load_denoiser,
+    modest,
+    save_denoiser,
+)
 
 # %% ../nbs/22_teacher.ipynb #70d353cc
 def drop_labels(
@@ -37,7 +50,8 @@ def drop_labels(
     def drop(y):
         y = one_hot(y, label_dim, torch.empty(len(y), 0, device=y.device))
         sizes = groups or (y.shape[1],)
-        if sum(sizes)!=y.shape[1]: raise ValueError(f'groups {tuple(sizes)} do not add up to {y.shape[1]} labels')
+        if sum(sizes)!=y.shape[1]:
+            raise ValueError(f'groups {tuple(sizes)} do not add up to {y.shape[1]} labels')
         keep = torch.rand(len(y), len(sizes), generator=generator, device=y.device) >= p
         return y*torch.cat([k.expand(-1, n) for k,n in zip(keep.split(1, 1), sizes)], 1)
     return cond_map(drop, cond)
@@ -50,7 +64,13 @@ def teacher_opt(
 ): # `torch.optim.Adam`
     "The optimiser that `train_teacher` uses"
     ps = [p for p in D.parameters() if p.requires_grad]
-    return torch.optim.Adam(ps, lr=lr, betas=tuple(betas), fused=True if ps[0].is_cuda else None, capturable=ps[0].is_cuda)
+    return torch.optim.Adam(
+        ps,
+        lr=lr,
+        betas=tuple(betas),
+        fused=True if ps[0].is_cuda else None,
+        capturable=ps[0].is_cuda,
+    )
 
 # %% ../nbs/22_teacher.ipynb #dc8bcbbf
 def train_teacher(
@@ -81,7 +101,8 @@ def train_teacher(
     label_dim = getattr(model, 'config', {}).get('label_dim', 0)
     D.train()
     def update(x, cond, sigma, noise):
-        with torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16): loss = dsm_loss(D, x, sigma, cond, noise)
+        with torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16):
+            loss = dsm_loss(D, x, sigma, cond, noise)
         opt.zero_grad(set_to_none=True)
         loss.backward()
         if clip: torch.nn.utils.clip_grad_norm_(D.parameters(), clip)
@@ -127,7 +148,8 @@ def load_teacher_run(
     "Put a stopped run's weights into `D`, and return what `train_teacher` goes on with"
     (tensors,state),ema,opt = load_folder(folder),EMA(D),teacher_opt(D)
     check_fields(state, ('groups','halflife','step'), folder)
-    for name,net in dict(net=D, ema=ema.net).items(): load_into(net, tensors.get(name, {}), f'{folder}/{name}.safetensors')
+    for name,net in dict(net=D, ema=ema.net).items():
+        load_into(net, tensors.get(name, {}), f'{folder}/{name}.safetensors')
     load_optim(opt, tensors.get('opt', {}), state['groups'])
     ema.halflife = state['halflife']
     return dict(start=state['step'], opt=opt, ema=ema)
@@ -135,8 +157,20 @@ def load_teacher_run(
 # %% ../nbs/22_teacher.ipynb #32a40dfe
 def edm_imagenet64_kwargs()->dict: # Arguments of `ADMUNet`
     "The network of EDM's ImageNet-64 teacher, the one DMD2 distils"
-    return dict(img_resolution=64, in_channels=3, out_channels=3, label_dim=1000, augment_dim=0, model_channels=192, channel_mult=[1,2,3,4],
-                channel_mult_emb=4, num_blocks=3, attn_resolutions=[32,16,8], dropout=0., label_dropout=0.)
+    return dict(
+        img_resolution=64,
+        in_channels=3,
+        out_channels=3,
+        label_dim=1000,
+        augment_dim=0,
+        model_channels=192,
+        channel_mult=[1, 2, 3, 4],
+        channel_mult_emb=4,
+        num_blocks=3,
+        attn_resolutions=[32, 16, 8],
+        dropout=0.0,
+        label_dropout=0.0,
+    )
 
 # %% ../nbs/22_teacher.ipynb #7e74ea5b
 def _edm_pickle(path):
@@ -144,23 +178,46 @@ def _edm_pickle(path):
     data = read_pickle(path)
     ema = data.get('ema') if isinstance(data, dict) else data
     if not isinstance(ema, Thing): raise ValueError(f"{path} has no network under 'ema'")
-    if ema.name!='EDMPrecond': raise ValueError(f'{path} holds a {ema.name}; only EDMPrecond is understood')
-    state,order = module_state(ema),('img_resolution','img_channels','label_dim','use_fp16','sigma_min','sigma_max','sigma_data','model_type')
+    if ema.name!='EDMPrecond':
+        raise ValueError(f'{path} holds a {ema.name}; only EDMPrecond is understood')
+    state, order = (
+        module_state(ema),
+        (
+            'img_resolution',
+            'img_channels',
+            'label_dim',
+            'use_fp16',
+            'sigma_min',
+            'sigma_max',
+            'sigma_data',
+            'model_type',
+        ),
+    )
     args,kw = ema.state.get('_init_args') or (),ema.state.get('_init_kwargs') or {}
-    if not isinstance(args, (tuple, list)) or not isinstance(kw, dict): raise ValueError(f'{path}: the constructor arguments cannot be read')
+    if not isinstance(args, (tuple, list)) or not isinstance(kw, dict):
+        raise ValueError(f'{path}: the constructor arguments cannot be read')
     kw = dict(zip(order, args)) | kw
     kind,c = kw.pop('model_type', 'DhariwalUNet'),kw.pop('img_channels', 3)
-    if kind not in ('DhariwalUNet','SongUNet'): raise ValueError(f"{path}: the network type '{kind}' is unknown")
+    if kind not in ('DhariwalUNet','SongUNet'):
+        raise ValueError(f"{path}: the network type '{kind}' is unknown")
     lo,hi,sd = kw.pop('sigma_min', 0),kw.pop('sigma_max', float('inf')),kw.pop('sigma_data', 0.5)
     kw.pop('use_fp16', None)
-    config = dict(net='SongUNet' if kind=='SongUNet' else 'ADMUNet', args=dict(in_channels=c, out_channels=c) | kw, sigma_data=sd)
+    config = dict(
+        net='SongUNet' if kind == 'SongUNet' else 'ADMUNet',
+        args=dict(in_channels=c, out_channels=c) | kw,
+        sigma_data=sd,
+    )
     if 0<lo<hi<float('inf'): config |= dict(sigma_min=lo, sigma_max=hi)
     return state, config
 
 # %% ../nbs/22_teacher.ipynb #50a0e38f
 def _file_in(folder, part):
     "The file of a DMD2 folder that has the part"
-    names = ('pytorch_model.bin','model.safetensors') if part=='generator' else ('pytorch_model_1.bin','model_1.safetensors')
+    names = (
+        ('pytorch_model.bin', 'model.safetensors')
+        if part == 'generator'
+        else ('pytorch_model_1.bin', 'model_1.safetensors')
+    )
     for n in names:
         if (folder/n).is_file(): return folder/n
     raise FileNotFoundError(f'{folder} has no {names[0]}, where the {part} would be')
@@ -173,23 +230,37 @@ def _read(path):
         md = read_metadata(path)
         try: return read_state_dict(path), json.loads(md['denoiser']) if 'denoiser' in md else None
         except ValueError as e: raise ValueError(f'{path}: damaged metadata ({e})') from None
-    if head[:2]==b'PK' or head[4:14]==MAGIC.to_bytes(10, 'little'): return read_state_dict(path), None
+    if head[:2]==b'PK' or head[4:14]==MAGIC.to_bytes(10, 'little'):
+        return read_state_dict(path), None
     if path.suffix=='.pkl' or head[:1]==b'\x80': return _edm_pickle(path)
     raise ValueError(f'{path} is neither safetensors, nor a PyTorch state dict, nor an EDM pickle')
 
 # %% ../nbs/22_teacher.ipynb #16a533b3
 def _fill(state, config, kwargs, source):
     "A denoiser from tensors and arguments"
-    if config is None: config = dict(net='ADMUNet' if 'model.out_norm.weight' in state else 'SongUNet', args=kwargs or edm_imagenet64_kwargs())
+    if config is None:
+        config = dict(
+            net='ADMUNet' if 'model.out_norm.weight' in state else 'SongUNet',
+            args=kwargs or edm_imagenet64_kwargs(),
+        )
     elif kwargs: config = config | dict(args=config['args'] | kwargs)
     try:
         modest(config, len(state))
         with torch.device('meta'): D = build_denoiser(config)  # no memory, no random numbers
     except Exception as e: raise ValueError(f'{source}: {e}') from None
     check_fit(D.state_dict(), state, source)
-    load_into(D.to_empty(device='cpu'), {k: v.float() if v.is_floating_point() else v for k,v in state.items()}, source)
+    load_into(
+        D.to_empty(device='cpu'),
+        {k: v.float() if v.is_floating_point() else v for k, v in state.items()},
+        source,
+    )
     taps = torch.tensor(D.model.config.get('resample_filter', (1,1)), dtype=torch.float32)
-    wrong = [k for k,v in D.state_dict().items() if k.endswith('resample_filter') and not torch.allclose(v[0,0], taps.outer(taps)/taps.sum()**2)]
+    wrong = [
+        k
+        for k, v in D.state_dict().items()
+        if k.endswith('resample_filter')
+        and not torch.allclose(v[0, 0], taps.outer(taps) / taps.sum() ** 2)
+    ]
     if wrong: raise ValueError(f'{source}: {wrong[0]} is not the filter {taps.tolist()}')
     return D.eval()
 
@@ -199,8 +270,13 @@ def _part(state, part, source):
     parts = guidance_parts(state, source)
     if not parts:
         if part in (None, 'generator'): return state
-        raise ValueError(f"{source} has no {part}: no name in it begins with '{GUIDANCE_PARTS[part]}'")
-    if part not in GUIDANCE_PARTS: raise ValueError(f"{source} holds several networks: say part='teacher' or part='fake_score'")
+        raise ValueError(
+            f"{source} has no {part}: no name in it begins with '{GUIDANCE_PARTS[part]}'"
+        )
+    if part not in GUIDANCE_PARTS:
+        raise ValueError(
+            f"{source} holds several networks: say part='teacher' or part='fake_score'"
+        )
     return parts.get(part, {})
 
 # %% ../nbs/22_teacher.ipynb #b12fcf7b
@@ -212,10 +288,12 @@ def load_edm(
 )->EDMPrecond: # float32, in eval mode
     "Open a teacher; nothing in the file is executed"
     path = Path(path)
-    if part not in (None, 'generator', 'teacher', 'fake_score'): raise ValueError(f"part '{part}' is none of: generator, teacher, fake_score")
+    if part not in (None, 'generator', 'teacher', 'fake_score'):
+        raise ValueError(f"part '{part}' is none of: generator, teacher, fake_score")
     if path.is_dir(): path = _file_in(path, part or 'generator')
     state,config = _read(path)
-    if config and config.get('net') not in ('ADMUNet', 'SongUNet'): return load_denoiser(path, device)[0]
+    if config and config.get('net') not in ('ADMUNet', 'SongUNet'):
+        return load_denoiser(path, device)[0]
     return _fill(_part(state, part, path), config, kwargs, path).to(device)
 
 # %% ../nbs/22_teacher.ipynb #00013964
@@ -228,9 +306,14 @@ def load_dmd2_edm(
     out = dict(generator=load_edm(path, 'generator', **kwargs)) if path.is_dir() else {}
     file = _file_in(path, 'teacher') if path.is_dir() else path
     state,config = _read(file)
-    for part in ('teacher', 'fake_score'): out[part] = _fill(_part(state, part, file), config, kwargs, f'{file} ({part})')
+    for part in ('teacher', 'fake_score'):
+        out[part] = _fill(_part(state, part, file), config, kwargs, f'{file} ({part})')
     weights = _part(state, 'head', file)
-    out['head'] = load_into(GanHead(out['teacher'].model.bottleneck), weights, f'{file} (head)') if weights else None
+    out['head'] = (
+        load_into(GanHead(out['teacher'].model.bottleneck), weights, f'{file} (head)')
+        if weights
+        else None
+    )
     return out
 
 def to_safetensors(

@@ -28,17 +28,31 @@ class Mixture(nn.Module):
         labels:Tensor=None, # Class of each component, (k,), for conditional use
     ):
         super().__init__()
-        weights,means,covs = (t if torch.is_tensor(t) and t.is_floating_point() else torch.as_tensor(t, dtype=torch.float32) for t in (weights, means, covs))
+        weights, means, covs = (
+            t
+            if torch.is_tensor(t) and t.is_floating_point()
+            else torch.as_tensor(t, dtype=torch.float32)
+            for t in (weights, means, covs)
+        )
         if means.ndim!=2: raise ValueError(f'means must be (k, d), got {tuple(means.shape)}')
         k,d = means.shape
-        if weights.shape!=(k,): raise ValueError(f'weights must be ({k},), got {tuple(weights.shape)}')
-        if covs.shape!=(k,d,d): raise ValueError(f'covs must be ({k}, {d}, {d}), got {tuple(covs.shape)}')
-        if not (weights>=0).all() or not weights.sum()>0: raise ValueError(f'weights must not be negative, got {weights.tolist()}')
-        if not torch.allclose(covs, covs.mT, atol=1e-5*covs.abs().max().item()): raise ValueError('covs must be symmetric')
+        if weights.shape!=(k,):
+            raise ValueError(f'weights must be ({k},), got {tuple(weights.shape)}')
+        if covs.shape!=(k,d,d):
+            raise ValueError(f'covs must be ({k}, {d}, {d}), got {tuple(covs.shape)}')
+        if not (weights>=0).all() or not weights.sum()>0:
+            raise ValueError(f'weights must not be negative, got {weights.tolist()}')
+        if not torch.allclose(covs, covs.mT, atol=1e-5*covs.abs().max().item()):
+            raise ValueError('covs must be symmetric')
         evals,evecs = (t.to(covs) for t in torch.linalg.eigh(covs.cpu().double()))
-        if not (evals>0).all(): raise ValueError(f'covs must be positive definite, least eigenvalue {evals.min():.3g}')
-        if labels is not None and len(labels)!=k: raise ValueError(f'labels must be ({k},), got {len(labels)}')
-        for n,t in dict(weights=weights/weights.sum(), means=means, covs=covs, evals=evals, evecs=evecs).items(): self.register_buffer(n, t)
+        if not (evals>0).all():
+            raise ValueError(f'covs must be positive definite, least eigenvalue {evals.min():.3g}')
+        if labels is not None and len(labels)!=k:
+            raise ValueError(f'labels must be ({k},), got {len(labels)}')
+        for n, t in dict(
+            weights=weights / weights.sum(), means=means, covs=covs, evals=evals, evecs=evecs
+        ).items():
+            self.register_buffer(n, t)
         self.register_buffer('labels', None if labels is None else torch.as_tensor(labels))
 
     @property
@@ -55,14 +69,17 @@ class Mixture(nn.Module):
         "Offsets in each component's axes (b,k,d), their variances, and joint log densities (b,k)"
         x = at_least_float32(x)
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).expand(len(x))
-        if not (sigma>=0).all(): raise ValueError(f'sigma must not be negative, got {sigma.min():.3g}')
+        if not (sigma>=0).all():
+            raise ValueError(f'sigma must not be negative, got {sigma.min():.3g}')
         u = _einsum('bkd,kde->bke', x[:,None]-self.means.to(x), self.evecs.to(x))       # (b, k, d)
         var = self.evals.to(x) + sigma[:,None,None]**2                                  # (b, k, d)
         logw = self.weights.to(x).log()[None]
         if cond is not None:
-            if self.labels is None: raise ValueError('this mixture has no labels, so cond must be None')
+            if self.labels is None:
+                raise ValueError('this mixture has no labels, so cond must be None')
             mine = cond[:,None]==self.labels
-            if not mine.any(1).all(): raise ValueError(f'no component has class {cond[~mine.any(1)][0].item()}')
+            if not mine.any(1).all():
+                raise ValueError(f'no component has class {cond[~mine.any(1)][0].item()}')
             logw = torch.where(mine, logw, -torch.inf)
             logw = logw - logw.logsumexp(1, keepdim=True)
         return u, var, logw - 0.5*(u**2/var + var.log() + math.log(2*math.pi)).sum(-1)
@@ -87,7 +104,9 @@ class Mixture(nn.Module):
     )->Tensor: # Expected clean point, (b, d)
         "The exact denoiser, by shrinking towards each component's mean"
         u,var,lp = self._parts(x, sigma, cond)
-        shrunk = self.means.to(u) + _einsum('bke,kde->bkd', u*self.evals.to(u)/var, self.evecs.to(u))
+        shrunk = self.means.to(u) + _einsum(
+            'bke,kde->bkd', u * self.evals.to(u) / var, self.evecs.to(u)
+        )
         return _einsum('bk,bkd->bd', lp.softmax(1), shrunk)
 
     forward = denoise
@@ -102,7 +121,13 @@ class Mixture(nn.Module):
         if seed is not None: generator = torch.Generator(self.means.device).manual_seed(seed)
         w = self.weights.expand(n, -1) if cond is None else self.weights*(cond[:,None]==self.labels)
         k = torch.multinomial(w, 1, generator=generator)[:,0]
-        z = torch.randn(n, self.means.shape[1], generator=generator, device=self.means.device, dtype=self.means.dtype)
+        z = torch.randn(
+            n,
+            self.means.shape[1],
+            generator=generator,
+            device=self.means.device,
+            dtype=self.means.dtype,
+        )
         return self.means[k] + torch.einsum('nde,ne->nd', self.evecs[k], self.evals[k].sqrt()*z)
 
     def change(self,
@@ -111,9 +136,16 @@ class Mixture(nn.Module):
         drop=(),         # Components to leave out
     ): # Another `Mixture`
         "A mixture that is wrong in a known way"
-        keep = torch.tensor([i for i in range(len(self.weights)) if i not in set(drop)], device=self.means.device)
+        keep = torch.tensor(
+            [i for i in range(len(self.weights)) if i not in set(drop)], device=self.means.device
+        )
         w = self.weights if weights is None else torch.as_tensor(weights).to(self.weights)
-        return Mixture(w[keep], self.means[keep], self.covs[keep]*widths**2, None if self.labels is None else self.labels[keep])
+        return Mixture(
+            w[keep],
+            self.means[keep],
+            self.covs[keep] * widths**2,
+            None if self.labels is None else self.labels[keep],
+        )
 
 # %% ../nbs/02_toy.ipynb #9f06b6d8
 def _isotropic(means, std, weights=None, labels=None):
@@ -131,7 +163,9 @@ def _stroke(points, thick, weights=None, labels=None):
     t = t/length
     n = torch.stack((-t[:,1], t[:,0]), -1)
     thick = torch.as_tensor(thick, dtype=torch.float32).expand(len(points))
-    covs = (length[...,None]/3)**2*t[:,:,None]*t[:,None] + thick[:,None,None]**2*n[:,:,None]*n[:,None]
+    covs = (length[..., None] / 3) ** 2 * t[:, :, None] * t[:, None] + thick[
+        :, None, None
+    ] ** 2 * n[:, :, None] * n[:, None]
     return Mixture(length[:,0] if weights is None else weights, (a+b)/2, covs, labels)
 
 def ring(
@@ -162,7 +196,11 @@ def two_moons(
     a = torch.linspace(0, math.pi, k+1)
     up = torch.stack((a.cos()-0.5, a.sin()-0.25), -1)*1.6
     arcs = torch.stack((up, -up))                                     # (2, k+1, 2)
-    return _stroke(torch.stack((arcs[:,:-1], arcs[:,1:]), 2).flatten(0,1), std, labels=torch.arange(2).repeat_interleave(k))
+    return _stroke(
+        torch.stack((arcs[:, :-1], arcs[:, 1:]), 2).flatten(0, 1),
+        std,
+        labels=torch.arange(2).repeat_interleave(k),
+    )
 
 def spiral(
     k:int=40,        # Components
@@ -187,7 +225,8 @@ def tree(
     while todo:
         p,a,l,w,gen = todo.pop(0)
         q = p + l*torch.tensor([math.cos(a), math.sin(a)])
-        segs.append(torch.stack((p, q))); thick.append(w)
+        segs.append(torch.stack((p, q)))
+        thick.append(w)
         if gen+1<depth:
             for s in (-1, 1):
                 bend = s*angle*(0.8+0.4*torch.rand((), generator=g).item())
@@ -202,5 +241,14 @@ def checkerboard(
     "Dark squares of a board, each a patch of components and a class"
     cells = [(i,j) for i in range(n) for j in range(n) if (i+j)%2==0]
     inner = ((torch.arange(fill)+0.5)/fill)*size
-    pts = torch.stack([torch.cartesian_prod(inner, inner) + torch.tensor([i-n/2, j-n/2])*size for i,j in cells])
-    return _isotropic(pts.flatten(0,1), size/fill/3, labels=torch.arange(len(cells)).repeat_interleave(fill*fill))
+    pts = torch.stack(
+        [
+            torch.cartesian_prod(inner, inner) + torch.tensor([i - n / 2, j - n / 2]) * size
+            for i, j in cells
+        ]
+    )
+    return _isotropic(
+        pts.flatten(0, 1),
+        size / fill / 3,
+        labels=torch.arange(len(cells)).repeat_interleave(fill * fill),
+    )

@@ -14,9 +14,24 @@ import random, warnings
 import numpy as np
 import torch
 
-from .system.checkpoint import check_fields, load_folder, load_optim, optim_tensors, save_folder
+from dmd2_nb.system.checkpoint import (
+    check_fields,
+    load_folder,
+    load_optim,
+    optim_tensors,
+    save_folder,
+)
 from .system.tensors import load_into
-from .core import EMA, batch_stream, check_number, check_torch, cond_len, cond_map, cond_to, torch_settings
+from dmd2_nb.core import (
+    EMA,
+    batch_stream,
+    check_number,
+    check_torch,
+    cond_len,
+    cond_map,
+    cond_to,
+    torch_settings,
+)
 from .distill import DMD2, DMD2Config
 from .layers.lora import check_facts
 
@@ -30,10 +45,16 @@ def train(
     "Two time scales: the fake score learns every iteration, the generator every `ttur`-th (DMD2, section 4.2)"
     steps = _ready(dmd, steps, reals)
     times = count() if steps is None else range(steps)
-    for _,cond,real in zip(times, batch_stream('conds', conds, steps), batch_stream('reals', reals, steps)):
+    for _, cond, real in zip(
+        times, batch_stream('conds', conds, steps), batch_stream('reals', reals, steps)
+    ):
         cond,real = _check_batch(dmd, cond, real)
         if dmd.from_real(): cond = real[1]
-        x,log = dmd.generator_step(cond, real) if dmd.generators_turn() else (dmd.generate(cond, real), {})
+        x, log = (
+            dmd.generator_step(cond, real)
+            if dmd.generators_turn()
+            else (dmd.generate(cond, real), {})
+        )
         log |= dmd.fake_step(x, cond, real)
         yield log
 
@@ -41,34 +62,53 @@ def train(
 def _ready(dmd, steps, reals):
     "What a run needs, before its first batch; the number of iterations"
     check_torch(next(dmd.G.parameters()).dtype)
-    if reals is None and dmd.cfg.gan_d: raise ValueError('the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train')
+    if reals is None and dmd.cfg.gan_d:
+        raise ValueError(
+            'the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train'
+        )
     if reals is None and dmd.cfg.rollout!='sim' and len(dmd.sigmas)>1:
         raise ValueError(f"rollout '{dmd.cfg.rollout}' needs real batches: pass reals to train")
     return steps if steps is None else check_number('steps', steps, 0, whole=True)
 
+# %% ../nbs/15_train.ipynb #370c4be8
 def _check_batch(dmd, cond, real):
     "Conditions and a real batch that fit the run, on its device"
     cond = cond_to(cond, dmd.device)
     if cond is not None and not cond_len(cond): raise ValueError('a batch of conds is empty')
     if real is None: return cond, None
-    if not isinstance(real, (tuple, list)) or len(real)!=2: raise ValueError(f'a batch of reals is a pair (x, cond), got one {type(real).__name__}')
+    if not isinstance(real, (tuple, list)) or len(real)!=2:
+        raise ValueError(f'a batch of reals is a pair (x, cond), got one {type(real).__name__}')
     x,labels = real
     if not torch.is_tensor(x) or not x.is_floating_point():
         what = x.dtype if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f'real samples must be a floating-point tensor, images in [-1, 1], got {what}')
-    if tuple(x.shape[1:])!=tuple(dmd.shape) or not len(x): raise ValueError(f'real samples have the shape {tuple(x.shape)}, the run takes (b, {str(tuple(dmd.shape))[1:]}')
+        raise ValueError(
+            f'real samples must be a floating-point tensor, images in [-1, 1], got {what}'
+        )
+    if tuple(x.shape[1:])!=tuple(dmd.shape) or not len(x):
+        raise ValueError(
+            f'real samples have the shape {tuple(x.shape)}, the run takes (b, {str(tuple(dmd.shape))[1:]}'
+        )
     labels = cond_to(labels, dmd.device)
-    if labels is not None and cond_len(labels)!=len(x): raise ValueError(f'a batch of reals has {len(x)} samples and {cond_len(labels)} conditions')
+    if labels is not None and cond_len(labels)!=len(x):
+        raise ValueError(f'a batch of reals has {len(x)} samples and {cond_len(labels)} conditions')
     if (cond is None)!=(labels is None):
-        who = ('conds have none', 'reals have them') if cond is None else ('reals have none', 'conds have them')
-        raise ValueError(f'half of the conditions are missing: {who[0]}, {who[1]}; give both alike, or neither')
+        who = (
+            ('conds have none', 'reals have them')
+            if cond is None
+            else ('reals have none', 'conds have them')
+        )
+        raise ValueError(
+            f'half of the conditions are missing: {who[0]}, {who[1]}; give both alike, or neither'
+        )
     cond_map(_alike, cond, labels)
     return cond, (x.to(dmd.device, torch.get_default_dtype()), labels)
 
 def _alike(a, b):
     "Conditions of generated and of real samples are of one kind"
     if a.shape[1:]==b.shape[1:] and a.is_floating_point()==b.is_floating_point(): return a
-    raise ValueError(f'conds are {tuple(a.shape)} of {a.dtype}, those of reals {tuple(b.shape)} of {b.dtype}: both must be labels, or both rows')
+    raise ValueError(
+        f'conds are {tuple(a.shape)} of {a.dtype}, those of reals {tuple(b.shape)} of {b.dtype}: both must be labels, or both rows'
+    )
 
 # %% ../nbs/15_train.ipynb #ca8c4430
 def save_state(
@@ -78,7 +118,11 @@ def save_state(
 ):
     "Save everything that an exact continuation needs"
     opts = {n: optim_tensors(getattr(dmd, n)) for n in ('opt_g','opt_fake')}
-    tensors = {n: m.state_dict() for n,m in run_nets(dmd).items()} | {n: t for n,(t,_) in opts.items()} | dict(random=random_states())
+    tensors = (
+        {n: m.state_dict() for n, m in run_nets(dmd).items()}
+        | {n: t for n, (t, _) in opts.items()}
+        | dict(random=random_states())
+    )
     return save_folder(folder, tensors, run_state(dmd, {n: g for n,(_,g) in opts.items()}, extra))
 
 def load_state(
@@ -90,7 +134,8 @@ def load_state(
     check_run(dmd, state, folder)
     for net,part in net_parts(dmd, tensors, folder):
         load_into(net, tensors.get(part, {}), f'{folder}/{part}.safetensors')
-    for n in ('opt_g','opt_fake'): load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
+    for n in ('opt_g','opt_fake'):
+        load_optim(getattr(dmd, n), tensors.get(n, {}), state['groups'][n])
     put_random_states(tensors.get('random', {}))
     return put_state(dmd, state)
 
@@ -99,16 +144,26 @@ def random_states()->dict: # Tensors by name
     "Where the global generators of Python, NumPy and PyTorch are"
     _,words,gauss = random.getstate()
     _,keys,*rest = np.random.get_state()
-    return dict(python=torch.tensor(words), python_gauss=torch.tensor([float('nan') if gauss is None else gauss], dtype=torch.float64),
-                numpy=torch.from_numpy(keys.astype('int64')), numpy_rest=torch.tensor(rest, dtype=torch.float64), torch=torch.get_rng_state(),
-                **{f'cuda{i}': torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)})
+    return dict(
+        python=torch.tensor(words),
+        python_gauss=torch.tensor([float('nan') if gauss is None else gauss], dtype=torch.float64),
+        numpy=torch.from_numpy(keys.astype('int64')),
+        numpy_rest=torch.tensor(rest, dtype=torch.float64),
+        torch=torch.get_rng_state(),
+        **{
+            f'cuda{i}': torch.cuda.get_rng_state(i)
+            for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        },
+    )
 
 def put_random_states(states:dict): # What `random_states` took
     "Put back what `random_states` took; without anything, or without that many GPUs, all stays as it is"
     if not states: return
     gauss,(pos,has,cached) = states['python_gauss'].item(),states['numpy_rest'].tolist()
     random.setstate((3, tuple(states['python'].tolist()), None if gauss!=gauss else gauss))
-    np.random.set_state(('MT19937', states['numpy'].numpy().astype('uint32'), int(pos), int(has), cached))
+    np.random.set_state(
+        ('MT19937', states['numpy'].numpy().astype('uint32'), int(pos), int(has), cached)
+    )
     torch.set_rng_state(states['torch'])
     for i in range(torch.cuda.device_count()):
         if f'cuda{i}' in states: torch.cuda.set_rng_state(states[f'cuda{i}'], i)
@@ -116,8 +171,17 @@ def put_random_states(states:dict): # What `random_states` took
 # %% ../nbs/15_train.ipynb #9894c61a
 def run_state(dmd, groups:dict, extra:dict)->dict: # The run; settings of its optimisers; the caller's own words
     "What a run is besides tensors, JSON-able; `groups` of each optimiser"
-    return dict(format=1, config=asdict(dmd.cfg), step=dmd.step, g_updates=dmd.g_updates, warm_until=dmd.warm_until, groups=groups, torch=torch_settings(),
-                scalers={n: getattr(dmd, n).state_dict() for n in ('scaler_g','scaler_fake')}, extra=extra) | adapters(dmd)
+    return dict(
+        format=1,
+        config=asdict(dmd.cfg),
+        step=dmd.step,
+        g_updates=dmd.g_updates,
+        warm_until=dmd.warm_until,
+        groups=groups,
+        torch=torch_settings(),
+        scalers={n: getattr(dmd, n).state_dict() for n in ('scaler_g', 'scaler_fake')},
+        extra=extra,
+    ) | adapters(dmd)
 
 def adapters(dmd)->dict: # The run; empty without adapters
     "What its low-rank adapters are besides their matrices: alpha, rank, targets, a hash of the base"
@@ -125,6 +189,7 @@ def adapters(dmd)->dict: # The run; empty without adapters
     found = {n: m.facts() for n,net in nets.items() for m in net.modules() if hasattr(m, 'facts')}
     return dict(adapters=found) if found else {}
 
+# %% ../nbs/15_train.ipynb #dd03c1cc
 def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its folder, for the message
     "Refuse the checkpoint of a run with another config, naming the fields"
     names = ('config','step','g_updates','warm_until','groups','scalers','extra')
@@ -133,12 +198,22 @@ def check_run(dmd, state:dict, folder): # The run; what the checkpoint says; its
     other = DMD2Config.from_dict(state['config'])
     other = replace(other, ema_halflife=dmd.cfg.ema_halflife)  # the average steers nothing
     set_now = torch_settings()
-    odd = [f'{k} {v} instead of {set_now[k]}' for k,v in state.get('torch', {}).items() if k in set_now and v!=set_now[k]]
-    if odd: raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
+    odd = [
+        f'{k} {v} instead of {set_now[k]}'
+        for k, v in state.get('torch', {}).items()
+        if k in set_now and v != set_now[k]
+    ]
+    if odd:
+        raise ValueError(f"{folder} was saved under other settings of PyTorch: {'; '.join(odd)}")
     was = state.get('adapters', {})
-    for n,facts in adapters(dmd).get('adapters', {}).items(): check_facts(facts, was.get(n, {}), folder)
+    for n,facts in adapters(dmd).get('adapters', {}).items():
+        check_facts(facts, was.get(n, {}), folder)
     if other==dmd.cfg: return
-    differ = [f'{k} {v} instead of {getattr(dmd.cfg, k)}' for k,v in asdict(other).items() if getattr(dmd.cfg, k)!=v]
+    differ = [
+        f'{k} {v} instead of {getattr(dmd.cfg, k)}'
+        for k, v in asdict(other).items()
+        if getattr(dmd.cfg, k) != v
+    ]
     raise ValueError(f"{folder} was saved by a run with another config: {'; '.join(differ)}")
 
 def put_state(dmd, state:dict)->dict: # `extra`
@@ -151,7 +226,9 @@ def put_state(dmd, state:dict)->dict: # `extra`
 # %% ../nbs/15_train.ipynb #07125568
 def run_nets(dmd)->dict: # The run
     "The run's own networks; the teacher is not part of its state, nor an average that is the generator itself"
-    nets = dict(generator=dmd.G, ema=dmd.ema.net if _averages(dmd) else None, fake=dmd.fake, head=dmd.head)
+    nets = dict(
+        generator=dmd.G, ema=dmd.ema.net if _averages(dmd) else None, fake=dmd.fake, head=dmd.head
+    )
     return {n: m for n,m in nets.items() if m is not None}
 
 def net_parts(
@@ -164,7 +241,10 @@ def net_parts(
     if dmd.ema.net is dmd.G: return parts
     average = 'ema' if _averages(dmd) and 'ema' in there else 'generator'
     if _averages(dmd) and average!='ema':
-        warnings.warn(f"{folder} holds no average of the generator: it begins at the generator's weights", stacklevel=3)
+        warnings.warn(
+            f"{folder} holds no average of the generator: it begins at the generator's weights",
+            stacklevel=3,
+        )
     return [*parts, (dmd.ema.net, average)]
 
 def _averages(dmd):

@@ -21,7 +21,12 @@ def lag_model(
     if ratio<=0: raise ValueError(f'ratio must be above 0, got {ratio}')
     b = ratio*(rate if rate_fake is None else rate_fake)
     A = torch.tensor([[0., -rate], [b, -b]], dtype=torch.float64)
-    return tuple((torch.linalg.matrix_exp(t.double()[:,None,None]*A)@torch.full((2,), float(start), dtype=torch.float64)).T)
+    return tuple(
+        (
+            torch.linalg.matrix_exp(t.double()[:, None, None] * A)
+            @ torch.full((2,), float(start), dtype=torch.float64)
+        ).T
+    )
 
 # %% ../nbs/11b_ttur.ipynb #5be2881b
 def overshoot(

@@ -21,18 +21,26 @@ class EDMUNet(nn.Module):
     "What the EDM U-Nets share: precision, labels, the door at the bottleneck"
     def _setup(self, kw):
         "Keep the arguments, and refuse what cannot be built"
-        self.config = {k: list(v) if isinstance(v, (tuple, list)) else v for k,v in kw.items() if k!='self' and not k.startswith('_')}
+        self.config = {
+            k: list(v) if isinstance(v, (tuple, list)) else v
+            for k, v in kw.items()
+            if k != 'self' and not k.startswith('_')
+        }
         for k,v in self.config.items(): setattr(self, k, v)
         res,n = self.img_resolution,len(self.channel_mult)-1
         if res % 2**n: raise ValueError(f'{res} pixels cannot be halved {n} times')
-        self.shape,self.emb_channels = (self.in_channels, res, res),self.model_channels*self.channel_mult_emb
+        self.shape, self.emb_channels = (
+            (self.in_channels, res, res),
+            self.model_channels * self.channel_mult_emb,
+        )
         self.bottleneck = (self.model_channels*self.channel_mult[-1], res>>n, res>>n)
         self.enc,self.dec = nn.ModuleDict(),nn.ModuleDict()
 
     def _labels(self, cond, like):
         "Rows of labels, some left out in training"
         y = one_hot(cond, self.label_dim, like)
-        if self.training and self.label_dropout: y = y*(torch.rand(len(y), 1, device=y.device)>=self.label_dropout)
+        if self.training and self.label_dropout:
+            y = y*(torch.rand(len(y), 1, device=y.device)>=self.label_dropout)
         return y
 
     def _run(self, f, x, c_noise, cond, augment):
@@ -40,7 +48,10 @@ class EDMUNet(nn.Module):
         kind,w = x.device.type,next(self.enc.parameters())
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype
         with torch.autocast(kind, enabled=False):
-            return f(x.to(dtype), self.embed(at_least_float32(c_noise).to(at_least_float32(w).dtype), cond, augment))
+            return f(
+                x.to(dtype),
+                self.embed(at_least_float32(c_noise).to(at_least_float32(w).dtype), cond, augment),
+            )
 
     def encode(self,
         x:Tensor,       # Scaled images, (b, c, h, w)
@@ -84,24 +95,45 @@ class ADMUNet(EDMUNet):
         init = dict(law='kaiming_uniform', scale=sqrt(1/3), bias_scale=sqrt(1/3))
         zero = dict(law='kaiming_uniform', scale=0.)
         def block(cin, cout, attn=False, **kw):
-            return Block(cin, cout, k, heads=cout//64 if attn else 0, dropout=dropout, init=init, init_attn=init, init_zero=zero, **kw)
+            return Block(
+                cin,
+                cout,
+                k,
+                heads=cout // 64 if attn else 0,
+                dropout=dropout,
+                init=init,
+                init_attn=init,
+                init_zero=zero,
+                **kw,
+            )
 
         self.map_noise = Positional(m)
         if augment_dim: self.map_augment = Linear(augment_dim, m, bias=False, **zero)
         self.map_layer0,self.map_layer1 = Linear(m, k, **init),Linear(k, k, **init)
-        if label_dim: self.map_label = Linear(label_dim, k, bias=False, law='kaiming_normal', scale=sqrt(label_dim))
+        if label_dim:
+            self.map_label = Linear(
+                label_dim, k, bias=False, law='kaiming_normal', scale=sqrt(label_dim)
+            )
         skips,last = [],len(channel_mult)-1
         for i,mult in enumerate(channel_mult):
             r = img_resolution>>i
             if i: self.enc[f'{r}x{r}_down'] = block(c, c, down=True)
-            else: c = m*mult; self.enc[f'{r}x{r}_conv'] = Conv(in_channels, c, 3, **init)
+            else:
+                c = m*mult
+                self.enc[f'{r}x{r}_conv'] = Conv(in_channels, c, 3, **init)
             skips.append(c)
-            for j in range(num_blocks): self.enc[f'{r}x{r}_block{j}'] = block(c, m*mult, r in attn_resolutions); c = m*mult; skips.append(c)
+            for j in range(num_blocks):
+                self.enc[f'{r}x{r}_block{j}'] = block(c, m*mult, r in attn_resolutions)
+                c = m*mult
+                skips.append(c)
         for i,mult in reversed(list(enumerate(channel_mult))):
             r = img_resolution>>i
-            if i==last: self.dec[f'{r}x{r}_in0'],self.dec[f'{r}x{r}_in1'] = block(c, c, True),block(c, c)
+            if i==last:
+                self.dec[f'{r}x{r}_in0'],self.dec[f'{r}x{r}_in1'] = block(c, c, True),block(c, c)
             else: self.dec[f'{r}x{r}_up'] = block(c, c, up=True)
-            for j in range(num_blocks+1): self.dec[f'{r}x{r}_block{j}'] = block(c+skips.pop(), m*mult, r in attn_resolutions); c = m*mult
+            for j in range(num_blocks+1):
+                self.dec[f'{r}x{r}_block{j}'] = block(c+skips.pop(), m*mult, r in attn_resolutions)
+                c = m*mult
         self.out_norm,self.out_conv = GroupNorm(c),Conv(c, out_channels, 3, **zero)
 
     def embed(self, c_noise, cond, augment):
@@ -151,16 +183,41 @@ class SongUNet(EDMUNet):
     ):
         kw = dict(locals())
         super().__init__()
-        for k,ok in dict(embedding_type='positional fourier', encoder_type='standard skip residual', decoder_type='standard skip').items():
+        for k, ok in dict(
+            embedding_type='positional fourier',
+            encoder_type='standard skip residual',
+            decoder_type='standard skip',
+        ).items():
             if kw[k] not in ok.split(): raise ValueError(f"{k} '{kw[k]}' is none of: {ok}")
         self._setup(kw)
-        m,k,noise,taps = model_channels,self.emb_channels,model_channels*channel_mult_noise,tuple(resample_filter)
+        m, k, noise, taps = (
+            model_channels,
+            self.emb_channels,
+            model_channels * channel_mult_noise,
+            tuple(resample_filter),
+        )
         init,zero,attn = (dict(law='xavier_uniform', scale=s) for s in (1., 1e-5, sqrt(0.2)))
         def block(cin, cout, heads=0, **kw):
-            return Block(cin, cout, k, heads=int(heads), dropout=dropout, taps=taps, eps=1e-6, skip_scale=sqrt(0.5), adaptive=False, project=True,
-                         init=init, init_zero=zero, init_attn=attn, **kw)
+            return Block(
+                cin,
+                cout,
+                k,
+                heads=int(heads),
+                dropout=dropout,
+                taps=taps,
+                eps=1e-6,
+                skip_scale=sqrt(0.5),
+                adaptive=False,
+                project=True,
+                init=init,
+                init_zero=zero,
+                init_attn=attn,
+                **kw,
+            )
 
-        self.map_noise = Positional(noise, endpoint=True) if embedding_type=='positional' else Fourier(noise)
+        self.map_noise = (
+            Positional(noise, endpoint=True) if embedding_type == 'positional' else Fourier(noise)
+        )
         if label_dim: self.map_label = Linear(label_dim, noise, **init)
         if augment_dim: self.map_augment = Linear(augment_dim, noise, bias=False, **init)
         self.map_layer0,self.map_layer1 = Linear(noise, k, **init),Linear(k, k, **init)
@@ -174,20 +231,35 @@ class SongUNet(EDMUNet):
                     self.enc[f'{r}_aux_down'] = Conv(aux, aux, 0, down=True, taps=taps)
                     self.enc[f'{r}_aux_skip'] = Conv(aux, c, 1, **init)
                 if encoder_type=='residual':
-                    self.enc[f'{r}_aux_residual'] = Conv(aux, c, 3, down=True, taps=taps, conv_first=True, **init)
+                    self.enc[f'{r}_aux_residual'] = Conv(
+                        aux, c, 3, down=True, taps=taps, conv_first=True, **init
+                    )
                     aux = c
             skips.append(c)
             for j in range(num_blocks):
-                self.enc[f'{r}_block{j}'] = block(c, m*mult, img_resolution>>i in attn_resolutions); c = m*mult; skips.append(c)
+                self.enc[f'{r}_block{j}'] = block(c, m*mult, img_resolution>>i in attn_resolutions)
+                c = m*mult
+                skips.append(c)
         for i,mult in reversed(list(enumerate(channel_mult))):
             r = f'{img_resolution>>i}x{img_resolution>>i}'
             if i==last: self.dec[f'{r}_in0'],self.dec[f'{r}_in1'] = block(c, c, 1),block(c, c)
             else: self.dec[f'{r}_up'] = block(c, c, up=True)
             for j in range(num_blocks+1):
-                self.dec[f'{r}_block{j}'] = block(c+skips.pop(), m*mult, j==num_blocks and img_resolution>>i in attn_resolutions); c = m*mult
+                self.dec[f'{r}_block{j}'] = block(
+                    c + skips.pop(),
+                    m * mult,
+                    j == num_blocks and img_resolution >> i in attn_resolutions,
+                )
+                c = m*mult
             if decoder_type=='skip' or not i:
-                if i<last and decoder_type=='skip': self.dec[f'{r}_aux_up'] = Conv(out_channels, out_channels, 0, up=True, taps=taps)
-                self.dec[f'{r}_aux_norm'],self.dec[f'{r}_aux_conv'] = GroupNorm(c, 1e-6),Conv(c, out_channels, 3, **zero)
+                if i<last and decoder_type=='skip':
+                    self.dec[f'{r}_aux_up'] = Conv(
+                        out_channels, out_channels, 0, up=True, taps=taps
+                    )
+                self.dec[f'{r}_aux_norm'], self.dec[f'{r}_aux_conv'] = (
+                    GroupNorm(c, 1e-6),
+                    Conv(c, out_channels, 3, **zero),
+                )
 
     def embed(self, c_noise, cond, augment):
         "Noise level and label as one vector, (b, emb)"

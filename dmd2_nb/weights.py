@@ -16,28 +16,47 @@ from torch import nn
 
 from .core import to_device
 from .system.atomic import one_move
-from .system.tensors import check_finite, check_fit, few, load_into, plain_names, read_tensors
+from dmd2_nb.system.tensors import (
+    check_finite,
+    check_fit,
+    few,
+    load_into,
+    plain_names,
+    read_tensors,
+)
 from .denoiser import EDMPrecond
 
 # %% ../nbs/15a_weights.ipynb #272a71ff
-NETS = dict(ToyNet='dmd2_nb.nets', UNet='dmd2_nb.nets', ADMUNet='dmd2_nb.unet', SongUNet='dmd2_nb.unet')  # class -> module
+NETS = dict(
+    ToyNet='dmd2_nb.nets', UNet='dmd2_nb.nets', ADMUNet='dmd2_nb.unet', SongUNet='dmd2_nb.unet'
+)  # class -> module
 
 def denoiser_config(
     D:EDMPrecond, # Denoiser whose network has `config`
 )->dict: # JSON-able
     "How to rebuild a denoiser"
-    return dict(net=type(D.model).__name__, args=D.model.config, sigma_data=D.sigma_data, sigma_min=D.sigma_min, sigma_max=D.sigma_max)
+    return dict(
+        net=type(D.model).__name__,
+        args=D.model.config,
+        sigma_data=D.sigma_data,
+        sigma_min=D.sigma_min,
+        sigma_max=D.sigma_max,
+    )
 
 def build_denoiser(
     config:dict, # As from `denoiser_config`
 )->EDMPrecond: # With fresh weights
     "A denoiser from its config"
     name = config.get('net')
-    if not isinstance(name, str) or name not in NETS: raise ValueError(f"unknown network '{name}': known are {', '.join(NETS)}")
+    if not isinstance(name, str) or name not in NETS:
+        raise ValueError(f"unknown network '{name}': known are {', '.join(NETS)}")
     args = {k: tuple(v) if isinstance(v, list) else v for k,v in config['args'].items()}
     try: net = getattr(import_module(NETS[name]), name)(**args)
-    except TypeError as e: raise ValueError(f'{name} cannot be built from its config ({e})') from None
-    return EDMPrecond(net, **{k: config[k] for k in ('sigma_data','sigma_min','sigma_max') if k in config})
+    except TypeError as e:
+        raise ValueError(f'{name} cannot be built from its config ({e})') from None
+    return EDMPrecond(
+        net, **{k: config[k] for k in ('sigma_data', 'sigma_min', 'sigma_max') if k in config}
+    )
 
 # %% ../nbs/15a_weights.ipynb #5b297536
 def modest(
@@ -45,15 +64,18 @@ def modest(
     tensors:int, # How many the file has
 ):
     "Refuse a config that would build something absurd"
-    if not isinstance(config, dict) or not isinstance(config.get('args'), dict): raise ValueError('a config is a dict with net and args')
+    if not isinstance(config, dict) or not isinstance(config.get('args'), dict):
+        raise ValueError('a config is a dict with net and args')
     def check(k, v):
         if isinstance(v, (list, tuple)):
             if len(v)>32: raise ValueError(f'{k} has {len(v)} entries')
             for o in v: check(k, o)
         elif isinstance(v, (int, float)):
             if not abs(v)<=2**16: raise ValueError(f'{k} is {v}')
-            if k in ('num_blocks', 'depth') and v>tensors: raise ValueError(f'{k} is {v}, with {tensors} tensors in the file')
-        elif v is not None and not isinstance(v, str): raise ValueError(f'{k} is a {type(v).__name__}')
+            if k in ('num_blocks', 'depth') and v>tensors:
+                raise ValueError(f'{k} is {v}, with {tensors} tensors in the file')
+        elif v is not None and not isinstance(v, str):
+            raise ValueError(f'{k} is a {type(v).__name__}')
     for k,v in config['args'].items(): check(k, v)
     for k in ('sigma_data','sigma_min','sigma_max'):
         if not isinstance(config.get(k, 1.), (int, float)): raise ValueError(f'{k} is {config[k]}')
@@ -67,31 +89,53 @@ def save_denoiser(
 )->Path:
     "A denoiser and how to rebuild it, in one file"
     from safetensors.torch import save_file
-    tensors = {k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k,v in D.state_dict().items()}
-    check_finite(tensors, path, 'it is not written; training has diverged' + (f', or a number is too large for {dtype}' if dtype else ''))
-    with one_move(path) as tmp: save_file(tensors, tmp, metadata=dict(denoiser=json.dumps(denoiser_config(D)), meta=json.dumps(meta)))
+    tensors = {
+        k: v.detach().cpu().to(dtype if dtype and v.is_floating_point() else v.dtype).contiguous()
+        for k, v in D.state_dict().items()
+    }
+    check_finite(
+        tensors,
+        path,
+        'it is not written; training has diverged'
+        + (f', or a number is too large for {dtype}' if dtype else ''),
+    )
+    with one_move(path) as tmp:
+        save_file(
+            tensors,
+            tmp,
+            metadata=dict(denoiser=json.dumps(denoiser_config(D)), meta=json.dumps(meta)),
+        )
     return Path(path)
 
+# %% ../nbs/15a_weights.ipynb #e0f73f13
 def load_denoiser(
     path,         # File from `save_denoiser`
     device='cpu', # Where it works
 ): # `(denoiser, meta)`, float32 weights, in eval mode
     "Rebuild a denoiser from its file"
     tensors,md = read_tensors(path)
-    if 'denoiser' not in md: raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
+    if 'denoiser' not in md:
+        raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
     try:
         config,meta = json.loads(md['denoiser']),dict(json.loads(md.get('meta', '{}')))
         modest(config, len(tensors))
-        with torch.device('meta'): empty = build_denoiser(config)  # sizes that no file backs cost no memory
-    except Exception as e: raise ValueError(f'{path} has a config that cannot be used ({e})') from None
+        # sizes that no file backs cost no memory
+        with torch.device('meta'): empty = build_denoiser(config)
+    except Exception as e:
+        raise ValueError(f'{path} has a config that cannot be used ({e})') from None
     check_fit(empty.state_dict(), tensors, path)
-    D = load_into(build_denoiser(config), {k: v.float() if v.is_floating_point() else v for k,v in tensors.items()}, path)
+    D = load_into(
+        build_denoiser(config),
+        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()},
+        path,
+    )
     return to_device(D.eval(), device), meta
 
 # %% ../nbs/15a_weights.ipynb #711430f6
 GUIDANCE_PARTS = dict(teacher='real_unet.', fake_score='fake_unet.', head='cls_pred_branch.')
 TABLES = ('karras_sigmas', 'alphas_cumprod') # Kept beside them; computed again by us
-UNUSED = ('dummy_network.',) # A layer that takes part in nothing: it only gave the official wrapper something to hold
+# A layer that takes part in nothing: it only gave the official wrapper something to hold
+UNUSED = ('dummy_network.',)
 
 def guidance_parts(
     state:dict, # State dict
@@ -102,5 +146,8 @@ def guidance_parts(
     if not any(k.startswith((starts['teacher'], starts['fake_score'])) for k in state): return {}
     odd = [k for k in state if not k.startswith((*starts.values(), *TABLES, *UNUSED))]
     if odd: raise ValueError(f'{source}: unexpected: {few(odd)}')
-    parts = {n: {k.removeprefix(p): v for k,v in state.items() if k.startswith(p)} for n,p in starts.items()}
+    parts = {
+        n: {k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}
+        for n, p in starts.items()
+    }
     return {n: plain_names(d, source) for n,d in parts.items() if d}

@@ -18,14 +18,20 @@ class NoDecisions(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split('::')[-1].split('.')[0]
         out = func(*args, **(kwargs or {}))
-        read = name == '_local_scalar_dense' and args[0].is_floating_point() and not NoDecisions.stepping
-        if read or (name in self.draws and out.ndim): raise RuntimeError(f'{name} inside a recording')
+        read = (
+            name == '_local_scalar_dense'
+            and args[0].is_floating_point()
+            and not NoDecisions.stepping
+        )
+        if read or (name in self.draws and out.ndim):
+            raise RuntimeError(f'{name} inside a recording')
         return out
 
 
 class EchoGraph:
     "The contract of `CudaGraph` without a GPU: from the capture on, `fn` reads and writes fixed places"
-    def __init__(self, fn, warmup=3): self.fn, self.warmup, self.calls, self.replays, self.outputs = fn, warmup, 0, 0, None
+    def __init__(self, fn, warmup=3):
+        self.fn, self.warmup, self.calls, self.replays, self.outputs = fn, warmup, 0, 0, None
     @property
     def warm(self): return self.calls >= self.warmup
     def __call__(self, *args):
@@ -37,7 +43,9 @@ class EchoGraph:
         cond_map(lambda a, b: a.copy_(b), self.inputs, args)
         with NoDecisions(): out = self.fn(*self.inputs)
         self.replays += 1
-        self.outputs = out if self.outputs is None else cond_map(lambda a, b: a.copy_(b), self.outputs, out)
+        self.outputs = (
+            out if self.outputs is None else cond_map(lambda a, b: a.copy_(b), self.outputs, out)
+        )
         return self.outputs
 
 
@@ -58,8 +66,11 @@ class EchoRunner(GraphRunner):
 class Seen(DMD2):
     "A discriminator that sees its samples moved at random, and notes what it saw"
     def view(self, x, n, stream):
-        if self.runner.__class__ is not EchoRunner: self.__dict__.setdefault('seen', []).append((stream, n, x.detach().clone()))
-        return x*(0.5+self.uniform(stream, n, *[1]*len(self.shape)))+self.uniform(stream+1, n, *self.shape)
+        if self.runner.__class__ is not EchoRunner:
+            self.__dict__.setdefault('seen', []).append((stream, n, x.detach().clone()))
+        return x * (0.5 + self.uniform(stream, n, *[1] * len(self.shape))) + self.uniform(
+            stream + 1, n, *self.shape
+        )
 
 
 class SeenByMany(Seen, ParallelDMD2):

@@ -52,15 +52,42 @@ def main(n, warm, folder, **changes):
             guard_call(log)
             yield log
             if dmd.step == warm or dmd.step % 1000 == 0: seen[dmd.step] = look()
-    save = clock.call('save', lambda step, **more: save_step(folder/'state', step, lambda p: save_state(dmd, p, **more, guard=guard.state())))
+    save = clock.call(
+        'save',
+        lambda step, **more: save_step(
+            folder / 'state', step, lambda p: save_state(dmd, p, **more, guard=guard.state())
+        ),
+    )
     begun = time.process_time()
-    with redirect_stdout(io.StringIO()): follow(logs(), Run(folder), COLUMNS, n, log_every=10, extra=lambda: dict(g_updates=dmd.g_updates) | numbers(), save=(500, save))
+    with redirect_stdout(io.StringIO()):
+        follow(
+            logs(),
+            Run(folder),
+            COLUMNS,
+            n,
+            log_every=10,
+            extra=lambda: dict(g_updates=dmd.g_updates) | numbers(),
+            save=(500, save),
+        )
     total = time.process_time()-begun-clock.spent.pop('facts')
     last = facts()
-    return dict(iterations=n, warm=warm, seen=seen, growth=last['mib']/seen[warm]['mib']-1, files=[seen[warm]['files'], last['files']], steps=[p.name for p in steps(folder/'state')],
-                seconds=total, logger=(total-sum(clock.spent.values()))/total, guard=clock.spent['guard']/total, save=clock.spent['save']/total, ms=1000*clock.spent['train']/n)
+    return dict(
+        iterations=n,
+        warm=warm,
+        seen=seen,
+        growth=last['mib'] / seen[warm]['mib'] - 1,
+        files=[seen[warm]['files'], last['files']],
+        steps=[p.name for p in steps(folder / 'state')],
+        seconds=total,
+        logger=(total - sum(clock.spent.values())) / total,
+        guard=clock.spent['guard'] / total,
+        save=clock.spent['save'] / total,
+        ms=1000 * clock.spent['train'] / n,
+    )
 
 
 if __name__ == '__main__':
     n, warm, folder, *changes = sys.argv[1:]
-    print(json.dumps(main(int(n), int(warm), folder, **json.loads(changes[0] if changes else '{}'))))
+    print(
+        json.dumps(main(int(n), int(warm), folder, **json.loads(changes[0] if changes else '{}')))
+    )

@@ -14,14 +14,40 @@ from dmd2_nb.regression import TeacherPairs
 from dmd2_nb.train import train
 from dmd2_nb.unet import ADMUNet
 
-cfg = DMD2Config(levels=(10., 2.), batch=16, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, gan_g=1e-2, gan_d=1e-2, guidance=2., ema_halflife=3.,
-                 clip=0.5, dtype='float64', seed=3)
+cfg = DMD2Config(
+    levels=(10.0, 2.0),
+    batch=16,
+    ttur=2,
+    lr_g=1e-3,
+    lr_fake=1e-3,
+    lr_head=1e-3,
+    gan_g=1e-2,
+    gan_d=1e-2,
+    guidance=2.0,
+    ema_halflife=3.0,
+    clip=0.5,
+    dtype='float64',
+    seed=3,
+)
 
 
 def net(seed=0, kind='toy'):
     torch.manual_seed(seed)
-    make = dict(toy=lambda: ToyNet(width=16, depth=2, label_dim=4), unet=lambda: UNet(8, 1, 4, channels=(8, 16), emb=16),
-                adm=lambda: ADMUNet(8, 1, 1, label_dim=4, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.))
+    make = dict(
+        toy=lambda: ToyNet(width=16, depth=2, label_dim=4),
+        unet=lambda: UNet(8, 1, 4, channels=(8, 16), emb=16),
+        adm=lambda: ADMUNet(
+            8,
+            1,
+            1,
+            label_dim=4,
+            model_channels=16,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            attn_resolutions=(4,),
+            dropout=0.0,
+        ),
+    )
     D = EDMPrecond(make[kind]()).double()
     for p in D.parameters(): p.data += 0.05*torch.randn_like(p)  # the last layer begins with zeros
     return D
@@ -56,12 +82,32 @@ def weights_gap(ref, dmd):
         a, b = (getattr(d, n) for d in (ref, dmd))
         if a is None: continue
         a, b = (m.net if n == 'ema' else m for m in (a, b))
-        res = max([res, *(float((v-w).abs().max()) for v, w in zip(a.state_dict().values(), gather_state(b).values()))])
+        res = max(
+            [
+                res,
+                *(
+                    float((v - w).abs().max())
+                    for v, w in zip(a.state_dict().values(), gather_state(b).values())
+                ),
+            ]
+        )
     return res
 
 
 def make(cls=ParallelDMD2, cfg=cfg, kind='toy', **kwargs):
-    kwargs |= dict(pairs=TeacherPairs(net(1, kind), torch.tensor([10., 1.]), 32, net(1, kind).shape, torch.arange(32) % 4)) if cfg.w_reg else {}
+    kwargs |= (
+        dict(
+            pairs=TeacherPairs(
+                net(1, kind),
+                torch.tensor([10.0, 1.0]),
+                32,
+                net(1, kind).shape,
+                torch.arange(32) % 4,
+            )
+        )
+        if cfg.w_reg
+        else {}
+    )
     return cls.from_teacher(net(1, kind), cfg, init=net(0, kind), **kwargs)
 
 
@@ -74,8 +120,14 @@ def alone(steps, cfg, kind, data):
 
 def alike(world, steps=6, cfg=cfg, kind='toy', data=True, **kwargs):
     "How far a run over all ranks is from the same run in one process"
-    (logs, ref), dmd = alone(steps, cfg, kind, data), make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs)
-    return [gap(logs, run(dmd, steps, world) if data else list(train(dmd, None, steps))), weights_gap(ref, dmd)]
+    (logs, ref), dmd = (
+        alone(steps, cfg, kind, data),
+        make(cfg=cfg, kind=kind, world=world, check_every=1, **kwargs),
+    )
+    return [
+        gap(logs, run(dmd, steps, world) if data else list(train(dmd, None, steps))),
+        weights_gap(ref, dmd),
+    ]
 
 
 def fails(f):
@@ -104,13 +156,26 @@ def two_ranks(folder):
     with setup('cpu', timeout=60) as w:
         other = replace(cfg, gan_g=0., gan_d=0., w_reg=0.5, guidance=1.)
         mixed = replace(cfg, rollout='mix', levels=(10., 5., 2.), gan_start=1, warmup_fake=1)
-        res['equal'] = dict(ddp=alike(w), fsdp=alike(w, mode='fsdp'), ddp_unet=alike(w, 4, kind='unet'), fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
-                            ddp_regression=alike(w, 4, other, data=False), fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
-                            ddp_adm=alike(w, 3, kind='adm', remat=True), fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
-                            ddp_mix=alike(w, 8, mixed), fsdp_mix=alike(w, 8, mixed, mode='fsdp'),
-                            fsdp_kept=alike(w, mode='fsdp', keep=True), fsdp_kept_mix=alike(w, 8, mixed, mode='fsdp', keep=True),
-                            fsdp_kept_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True, keep=True, accum=2))
-        res['accum'] = {f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s) for m in ('ddp', 'fsdp') for s in (False, True)} | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
+        res['equal'] = dict(
+            ddp=alike(w),
+            fsdp=alike(w, mode='fsdp'),
+            ddp_unet=alike(w, 4, kind='unet'),
+            fsdp_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True),
+            ddp_regression=alike(w, 4, other, data=False),
+            fsdp_regression=alike(w, 4, other, data=False, mode='fsdp', accum=2),
+            ddp_adm=alike(w, 3, kind='adm', remat=True),
+            fsdp_adm=alike(w, 3, kind='adm', mode='fsdp', remat=True),
+            ddp_mix=alike(w, 8, mixed),
+            fsdp_mix=alike(w, 8, mixed, mode='fsdp'),
+            fsdp_kept=alike(w, mode='fsdp', keep=True),
+            fsdp_kept_mix=alike(w, 8, mixed, mode='fsdp', keep=True),
+            fsdp_kept_unet=alike(w, 4, kind='unet', mode='fsdp', remat=True, keep=True, accum=2),
+        )
+        res['accum'] = {
+            f'{m}{s}': alike(w, 4, mode=m, accum=4, sync_each=s)
+            for m in ('ddp', 'fsdp')
+            for s in (False, True)
+        } | dict(remat=alike(w, 4, kind='unet', accum=2, remat=True))
         res['last'] = channels_last(w, folder)
         for m in ('ddp', 'fsdp'):
             dmd = make(world=w, mode=m)
@@ -130,11 +195,19 @@ def two_ranks(folder):
         # what must differ and does not
         same = list(itertools.islice(data(replace(cfg, batch=8), dmd.shape), 4))
         mine = list(itertools.islice(data(cfg, dmd.shape, w), 4))
-        res['same_reals'] = fails(lambda: list(train(make(world=w), (c for c, _ in mine), 4, (r for _, r in same))))
-        res['same_conds'] = fails(lambda: list(train(make(world=w), (c for c, _ in same), 4, (r for _, r in mine))))
-        res['other_head'] = fails(lambda: make(world=w, head=torch.nn.Linear(16, 1).double() if w.rank else None))
+        res['same_reals'] = fails(
+            lambda: list(train(make(world=w), (c for c, _ in mine), 4, (r for _, r in same)))
+        )
+        res['same_conds'] = fails(
+            lambda: list(train(make(world=w), (c for c, _ in same), 4, (r for _, r in mine)))
+        )
+        res['other_head'] = fails(
+            lambda: make(world=w, head=torch.nn.Linear(16, 1).double() if w.rank else None)
+        )
         res['uneven'] = fails(lambda: make(world=w, cfg=replace(cfg, batch=15)))
-        res['other_config'] = fails(lambda: load_parallel(make(world=w, cfg=replace(cfg, lr_g=1.)), f'{folder}/ddp'))
+        res['other_config'] = fails(
+            lambda: load_parallel(make(world=w, cfg=replace(cfg, lr_g=1.0)), f'{folder}/ddp')
+        )
         dmd = make(world=w)
         dmd.step += w.rank
         res['other_step'] = fails(lambda: run(dmd, 1, w))
@@ -148,25 +221,64 @@ def sdxl(folder, kinds):
     from dmd2_nb.sdxl.recipe import distill_sdxl, sdxl_config, sdxl_dmd2
     from dmd2_nb.sdxl.roles import FullCopies, SharedBase
     torch.set_default_dtype(torch.float64)
-    c, res, n = replace(sdxl_config, levels=sdxl_config.levels[:2], batch=2, ttur=2, dtype='float64', lr_warmup=0, lr_g=1e-4, lr_fake=1e-4, lr_head=1e-4), {}, 2
+    c, res, n = (
+        replace(
+            sdxl_config,
+            levels=sdxl_config.levels[:2],
+            batch=2,
+            ttur=2,
+            dtype='float64',
+            lr_warmup=0,
+            lr_g=1e-4,
+            lr_fake=1e-4,
+            lr_head=1e-4,
+        ),
+        {},
+        2,
+    )
     def rand(i, *size): return torch.randn(n, *size, generator=torch.Generator().manual_seed(i))
     def cond(i): return SDXLCond(rand(i, 7, 64), rand(i+1, 32), micro_ids(n, 96).double())
     def new(kind, make=DMD2, **kwargs):
-        D = EpsDenoiser(make_unet(TINY_SDXL, dtype=torch.float64, layers_per_block=1, transformer_layers_per_block=(1, 1, 1), block_out_channels=(16, 32, 32)), shape=(4, 12, 12))  # 12: a side that the head must be fitted to
+        D = EpsDenoiser(
+            make_unet(
+                TINY_SDXL,
+                dtype=torch.float64,
+                layers_per_block=1,
+                transformer_layers_per_block=(1, 1, 1),
+                block_out_channels=(16, 32, 32),
+            ),
+            shape=(4, 12, 12),
+        )  # 12: a side that the head must be fitted to
         roles = SharedBase(D, rank=4) if kind == 'lora' else FullCopies(D)
         if kind == 'full': roles.generator.double(), roles.fake.double()
-        return sdxl_dmd2(roles, replace(c, ema_halflife=3.*(kind == 'lora')), cond(0), make=make, **kwargs)
+        return sdxl_dmd2(
+            roles, replace(c, ema_halflife=3.0 * (kind == 'lora')), cond(0), make=make, **kwargs
+        )
     class Shards:
         "Latents with conditions, drawn from seed and position"
         index = dict(kind='latents')
-        def batches(self, n, seed, start, device): return ((rand(100*i+seed, n, 4, 12, 12)[0], cond(100*i+seed+1)) for i in itertools.count(start))
+        def batches(self, n, seed, start, device):
+            return (
+                (rand(100 * i + seed, n, 4, 12, 12)[0], cond(100 * i + seed + 1))
+                for i in itertools.count(start)
+            )
     def go(dmd, steps, *args): return list(distill_sdxl(dmd, Shards(), steps, Shards(), *args))
     with setup('cpu', timeout=60) as w:
         for kind, mode in kinds:
-            ref, dmd, one = new(kind), new(kind, ParallelDMD2, world=w, mode=mode, check_every=1), new(kind)
+            ref, dmd, one = (
+                new(kind),
+                new(kind, ParallelDMD2, world=w, mode=mode, check_every=1),
+                new(kind),
+            )
             logs, at = go(ref, 3), f'{folder}/{kind}'
-            res[f'{kind} {mode}'] = [gap(logs, go(dmd, 3, at, 500, save_parallel, load_parallel)), weights_gap(ref, dmd)]
-            res[f'{kind} resumed'] = [gap(go(ref, 4), go(one, 4, at, 500, lambda *o: None)), weights_gap(ref, one)]
+            res[f'{kind} {mode}'] = [
+                gap(logs, go(dmd, 3, at, 500, save_parallel, load_parallel)),
+                weights_gap(ref, dmd),
+            ]
+            res[f'{kind} resumed'] = [
+                gap(go(ref, 4), go(one, 4, at, 500, lambda *o: None)),
+                weights_gap(ref, one),
+            ]
     return res
 
 
@@ -188,19 +300,32 @@ def low_precision(world):
     for name in ('bfloat16', 'float16'):
         c = replace(cfg, dtype=name)
         def nets(): return net(1, 'unet').float(), net(0, 'unet').float(), net(0, 'unet').float()
-        def go(dmd, w=World()): return [{k: float(v) for k, v in o.items()} for o in train(dmd, *batches(c, dmd.shape, w))]
+        def go(dmd, w=World()):
+            return [
+                {k: float(v) for k, v in o.items()} for o in train(dmd, *batches(c, dmd.shape, w))
+            ]
         ref = go(DMD2(*nets(), c))
         for m in ('ddp', 'fsdp'):
             dmd = ParallelDMD2(*nets(), c, world=world, mode=m)
             got = go(dmd, world)
-            res[f'{m}_{name}'] = [max(abs(a[k]-b[k])/(abs(a[k])+0.1) for a, b in zip(ref, got) for k in ('fake_loss', 'norm_fake', 'x_std')), dmd.scaler_fake.get_scale()]
+            res[f'{m}_{name}'] = [
+                max(
+                    abs(a[k] - b[k]) / (abs(a[k]) + 0.1)
+                    for a, b in zip(ref, got)
+                    for k in ('fake_loss', 'norm_fake', 'x_std')
+                ),
+                dmd.scaler_fake.get_scale(),
+            ]
     # an overflow in the piece of one rank skips the step on all
     for p in dmd.fake.parameters(): p.grad = torch.ones_like(p)
     if world.rank == 1: next(dmd.fake.parameters()).grad.to_local().view(-1)[0] = float('inf')
     before = [p.detach().to_local().clone() for p in dmd.fake.parameters()]
     dmd.scaler_fake.scale(torch.ones(()))
     dmd._update(dmd.opt_fake, dmd.scaler_fake)
-    res['skipped'] = [sum(float((a-b.to_local()).abs().sum()) for a, b in zip(before, dmd.fake.parameters())), dmd.scaler_fake.get_scale()]
+    res['skipped'] = [
+        sum(float((a - b.to_local()).abs().sum()) for a, b in zip(before, dmd.fake.parameters())),
+        dmd.scaler_fake.get_scale(),
+    ]
     torch.set_default_dtype(torch.float64)
     return res
 
@@ -216,24 +341,47 @@ def four_ranks(folder):
     from dmd2_nb.weights import save_denoiser
     res = {}
     with setup('cpu', timeout=60) as w:
-        res['equal'] = {'ddp': alike(w, 4), 'fsdp': alike(w, 4, mode='fsdp'), 'hybrid': alike(w, 4, mode='fsdp', shards=2), 'hybrid_unet': alike(w, 3, kind='unet', mode='fsdp', shards=2)}
+        res['equal'] = {
+            'ddp': alike(w, 4),
+            'fsdp': alike(w, 4, mode='fsdp'),
+            'hybrid': alike(w, 4, mode='fsdp', shards=2),
+            'hybrid_unet': alike(w, 3, kind='unet', mode='fsdp', shards=2),
+        }
         ref = make(DMD2)
         logs = run(ref, 6)
-        for name, mode, shards in (('ddp', 'fsdp', None), ('fsdp', 'ddp', None), ('fsdp', 'fsdp', 2), ('one', 'fsdp', None), ('one', 'ddp', None)):
+        for name, mode, shards in (
+            ('ddp', 'fsdp', None),
+            ('fsdp', 'ddp', None),
+            ('fsdp', 'fsdp', 2),
+            ('one', 'fsdp', None),
+            ('one', 'ddp', None),
+        ):
             dmd = make(world=w, mode=mode, shards=shards)
             extra = load_parallel(dmd, f'{folder}/{name}')
             assert dmd.step == 3
-            res[f'{name}_{mode}{shards or ""}'] = [gap(logs[3:], run(dmd, 3, w, extra['position'])), weights_gap(ref, dmd)]
+            res[f'{name}_{mode}{shards or ""}'] = [
+                gap(logs[3:], run(dmd, 3, w, extra['position'])),
+                weights_gap(ref, dmd),
+            ]
         dmd = make(world=w, mode='fsdp')
         load_parallel(dmd, f'{folder}/fsdp')
         whole = gather_net(dmd.ema.net)
         if w.main: save_denoiser(whole, f'{folder}/export.safetensors')
         save_parallel(dmd, f'{folder}/four', position=3)
-        if w.main: (os.rename(f'{folder}/four/fake/'+sorted(os.listdir(f'{folder}/four/fake'))[1], f'{folder}/gone'))
+        if w.main:
+            (
+                os.rename(
+                    f'{folder}/four/fake/' + sorted(os.listdir(f'{folder}/four/fake'))[1],
+                    f'{folder}/gone',
+                )
+            )
         from dmd2_nb.parallel import each_rank
         each_rank(0)
         res['lost_shard'] = fails(lambda: load_parallel(make(world=w), f'{folder}/four'))
-        if w.main: os.rename(f'{folder}/gone', f'{folder}/four/fake/shard-00002-model-00001-of-00001.safetensors')
+        if w.main:
+            os.rename(
+                f'{folder}/gone', f'{folder}/four/fake/shard-00002-model-00001-of-00001.safetensors'
+            )
         res['unwritable'] = fails(lambda: save_parallel(dmd, f'{folder}/export.safetensors/x'))
     return res
 
@@ -303,10 +451,14 @@ def replayed(folder):
     pairs = replace(cfg, w_reg=0.5, ttur=1)
     res = dict(equal={}, alone={})
     with setup('cpu', timeout=120) as w:
-        def new(cls=ParallelDMD2, c=cfg, check=0, **kwargs): return make(cls, c, world=w, check_every=check, **kwargs)
+        def new(cls=ParallelDMD2, c=cfg, check=0, **kwargs):
+            return make(cls, c, world=w, check_every=check, **kwargs)
         def both(name, steps, **kwargs):
             a, b = new(**kwargs), new(**kwargs, runner=EchoRunner())
-            (logs, plain), (again, order) = listened(lambda: run(a, steps, w)), listened(lambda: run(b, steps, w))
+            (logs, plain), (again, order) = (
+                listened(lambda: run(a, steps, w)),
+                listened(lambda: run(b, steps, w)),
+            )
             res['equal'][name] = [gap(logs, again), weights_gap_here(a, b)]
             return b, logs, plain, order
         b, logs, res['plain'], res['replayed'] = both('whole', 16)
@@ -327,4 +479,9 @@ def replayed(folder):
 def weights_gap_here(a, b):
     "Largest difference of the weights that two runs hold on this rank"
     nets = [(getattr(a, n), getattr(b, n)) for n in ('G', 'fake', 'head')]+[(a.ema.net, b.ema.net)]
-    return max(float((v-u).abs().max()) for m, o in nets if m is not None for v, u in zip(m.state_dict().values(), o.state_dict().values()))
+    return max(
+        float((v - u).abs().max())
+        for m, o in nets
+        if m is not None
+        for v, u in zip(m.state_dict().values(), o.state_dict().values())
+    )

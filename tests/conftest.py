@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
-if str(root) not in sys.path: sys.path.insert(0, str(root))  # so that `pytest` works without an installation too
+# so that `pytest` works without an installation too
+if str(root) not in sys.path: sys.path.insert(0, str(root))
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,28 @@ from torch import nn
 from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.fid import Stats
 from dmd2_nb.grids import ComparisonGrid
-from dmd2_nb.system.atomic import (begin_folder, drop_folder, finish_folder, naming, one_move, one_move_folder,
-                                   write_json, write_text)
-from dmd2_nb.system.checkpoint import (load_folder, load_last, load_optim, newest, optim_tensors, read_signed_json, save_folder,
-                                       save_step, steps, write_signed_json)
+from dmd2_nb.system.atomic import (
+    begin_folder,
+    drop_folder,
+    finish_folder,
+    naming,
+    one_move,
+    one_move_folder,
+    write_json,
+    write_text,
+)
+from dmd2_nb.system.checkpoint import (
+    load_folder,
+    load_last,
+    load_optim,
+    newest,
+    optim_tensors,
+    read_signed_json,
+    save_folder,
+    save_step,
+    steps,
+    write_signed_json,
+)
 from dmd2_nb.system.tensors import Damaged
 from dmd2_nb.train import load_state, run_nets, save_state, train
 from dmd2_nb.toy import ring
@@ -35,9 +53,25 @@ def toy(**settings):
 
     class Net(nn.Module):
         sigma_data, shape = 1., (2,)
-        def __init__(self): super().__init__(); self.net = net
-        def forward(self, x, sigma, cond=None): return self.net(torch.cat([x, sigma[:, None].log()], 1))
-    cfg = DMD2Config(**dict(batch=4, levels=(10., 1.), ttur=2, lr_g=1e-3, lr_fake=1e-3, gan_g=0., gan_d=0., guidance=1., dtype='float32') | settings)
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, x, sigma, cond=None):
+            return self.net(torch.cat([x, sigma[:, None].log()], 1))
+    cfg = DMD2Config(
+        **dict(
+            batch=4,
+            levels=(10.0, 1.0),
+            ttur=2,
+            lr_g=1e-3,
+            lr_fake=1e-3,
+            gan_g=0.0,
+            gan_d=0.0,
+            guidance=1.0,
+            dtype='float32',
+        )
+        | settings
+    )
     return DMD2.from_teacher(ring().denoise, cfg, init=Net())
 
 
@@ -82,7 +116,9 @@ def test_the_umask_says_who_may_read(tmp_path, name, mask):
     try: writers[name](tmp_path/'new'/'x')
     finally: os.umask(before)
     files = [p for p in tmp_path.rglob('*') if p.is_file()]
-    assert files and all(mode(p) == 0o666 & ~mask for p in files), [(p.name, oct(mode(p))) for p in files]
+    assert files and all(mode(p) == 0o666 & ~mask for p in files), [
+        (p.name, oct(mode(p))) for p in files
+    ]
     assert mode(tmp_path/'new') == 0o777 & ~mask
 
 
@@ -103,7 +139,9 @@ def test_windows_refuses_to_open_folders(tmp_path, monkeypatch, name):
     for _ in range(2): writers[name](tmp_path/'a'/'x')
     assert len(names(tmp_path/'a')) == 1
     for i in (1, 2, 3): save_step(tmp_path/'run', i, writers['checkpoint'])
-    assert names(tmp_path/'run') == ['step-2', 'step-3'] and load_folder(newest(tmp_path/'run'))[1] == dict(step=1)
+    assert names(tmp_path / 'run') == ['step-2', 'step-3'] and load_folder(
+        newest(tmp_path / 'run')
+    )[1] == dict(step=1)
 
 
 def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
@@ -117,7 +155,8 @@ def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
     code = errno.EINVAL
     write_text(tmp_path/'x', 'text')
     code = errno.EIO
-    with pytest.raises(OSError, match=r'x could not be written \(Input/output error\)'): write_text(tmp_path/'x', 'more')
+    with pytest.raises(OSError, match=r'x could not be written \(Input/output error\)'):
+        write_text(tmp_path/'x', 'more')
 
 
 @pytest.mark.parametrize('write', [lambda p: write_text(p, 'b'), lambda p: save_folder(p, {}, dict(step=2))], ids=['file', 'folder'])
@@ -126,15 +165,23 @@ def test_links_stay_links(tmp_path, write):
     (tmp_path/'disk').mkdir()
     (tmp_path/'link').symlink_to(Path('disk')/'x')
     for _ in range(2): write(tmp_path/'link')
-    assert (tmp_path/'link').is_symlink() and names(tmp_path/'disk') == ['x'] and names(tmp_path) == ['disk', 'link']
+    assert (
+        (tmp_path / 'link').is_symlink()
+        and names(tmp_path / 'disk') == ['x']
+        and names(tmp_path) == ['disk', 'link']
+    )
 
 
 def test_errors_name_the_file_once(tmp_path):
     "A writer within a writer, and a file that is only read meanwhile"
     with pytest.raises(OSError) as e:
         with one_move_folder(tmp_path/'model'):
-            with naming(tmp_path/'.model.tmp'/'README.md'): raise OSError(errno.ENOSPC, 'No space left on device')
-    assert str(e.value) == f'{tmp_path}/model could not be written (No space left on device); what was there before is untouched'
+            with naming(tmp_path/'.model.tmp'/'README.md'):
+                raise OSError(errno.ENOSPC, 'No space left on device')
+    assert (
+        str(e.value)
+        == f'{tmp_path}/model could not be written (No space left on device); what was there before is untouched'
+    )
     with pytest.raises(FileNotFoundError, match='photo.png'):
         with one_move(tmp_path/'out.zip'): (tmp_path/'photos'/'photo.png').read_bytes()
     with pytest.raises(OSError, match='f/x could not be written'):
@@ -156,16 +203,22 @@ def test_one_place_that_moves_files():
     for p in (root/'dmd2_nb').rglob('*.py'):
         text = p.read_text(encoding='utf-8')
         if p.relative_to(root/'dmd2_nb').as_posix() in allowed: continue
-        assert not re.search(r'os\.replace\(|os\.rename\(|\.rename\(|shutil\.move\(|tmp\.replace\(', text), p.name
+        assert not re.search(
+            r'os\.replace\(|os\.rename\(|\.rename\(|shutil\.move\(|tmp\.replace\(', text
+        ), p.name
 
 
 # -- folders --
 
 def test_what_the_user_keeps_beside_it_stays(tmp_path):
-    for n in ('model.old', 'model.tmp', 'model.bak'): (tmp_path/n).mkdir(); (tmp_path/n/'mine').write_text('')
+    for n in ('model.old', 'model.tmp', 'model.bak'):
+        (tmp_path/n).mkdir()
+        (tmp_path/n/'mine').write_text('')
     for _ in range(2): save_folder(tmp_path/'model', dict(a=dict(w=torch.ones(1))), {})
     load_folder(tmp_path/'model')
-    assert names(tmp_path) == ['model', 'model.bak', 'model.old', 'model.tmp'] and all(names(tmp_path/f'model.{o}') == ['mine'] for o in ('old', 'tmp', 'bak'))
+    assert names(tmp_path) == ['model', 'model.bak', 'model.old', 'model.tmp'] and all(
+        names(tmp_path / f'model.{o}') == ['mine'] for o in ('old', 'tmp', 'bak')
+    )
     (tmp_path/'run'/'copy-of-step-3.good').mkdir(parents=True)
     for i in (1, 2, 3): save_step(tmp_path/'run', i, writers['checkpoint'])
     assert names(tmp_path/'run') == ['copy-of-step-3.good', 'step-2', 'step-3']
@@ -206,7 +259,9 @@ def _many(folder):
     try:
         (tmp/'state.json').write_text('{"step": 2}')
         finish_folder(folder)
-    except BaseException: drop_folder(folder); raise
+    except BaseException:
+        drop_folder(folder)
+        raise
 
 
 kill = """
@@ -236,10 +291,13 @@ def many(n=0):
     "A run that believes to be one of many processes"
     import torch.distributed as dist
     from types import SimpleNamespace
-    if not dist.is_initialized(): dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     dmd = toy()
     dmd.step = n
-    dmd.world = SimpleNamespace(many=True, main=True, rank=0, size=1, device=torch.device('cpu'), mode='ddp')
+    dmd.world = SimpleNamespace(
+        many=True, main=True, rank=0, size=1, device=torch.device('cpu'), mode='ddp'
+    )
     dmd.mode = 'ddp'
     return dmd
 
@@ -249,13 +307,25 @@ def many(n=0):
 def test_killed_between_two_renames(tmp_path, how):
     "The old checkpoint has no name at that moment; the same path finds it again, and the next save keeps it until it is done"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), *filter(None, sys.path)]))
-    r = subprocess.run([sys.executable, '-c', kill, str(tmp_path/'state'), how, str(Path(__file__).parent)], env=env, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, '-c', kill, str(tmp_path / 'state'), how, str(Path(__file__).parent)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 9, r.stderr
     assert not (tmp_path/'state').exists()
     if how == 'one':
-        assert newest(tmp_path/'state') == tmp_path/'state' and load_folder(tmp_path/'state')[1] == dict(step=1)
+        assert newest(tmp_path / 'state') == tmp_path / 'state' and load_folder(tmp_path / 'state')[
+            1
+        ] == dict(step=1)
     else:
-        r = subprocess.run([sys.executable, '-c', go_on, str(tmp_path/'state'), str(Path(__file__).parent)], env=env, capture_output=True, text=True)
+        r = subprocess.run(
+            [sys.executable, '-c', go_on, str(tmp_path / 'state'), str(Path(__file__).parent)],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
         assert r.returncode == 0, r.stderr
         assert r.stdout.split() == ['1', '5']
     assert all(p.name.startswith(('state', '.state.tmp')) for p in tmp_path.iterdir())
@@ -275,8 +345,25 @@ print(load_parallel(t.many(), sys.argv[1])['position'])
 
 # -- checkpoints that are not whole --
 
-broken = ['null', '1', '{}', '[]', '"x"', 'true', '3.5', '', '{"step": 1', '[[1]]', '{"sha256": 5}', '{"sha256": []}', '{"sha256": {}}',
-          '['*100_000, '\ufeff{}', b'\xff\xfe{}', b'\0'*20]
+broken = [
+    'null',
+    '1',
+    '{}',
+    '[]',
+    '"x"',
+    'true',
+    '3.5',
+    '',
+    '{"step": 1',
+    '[[1]]',
+    '{"sha256": 5}',
+    '{"sha256": []}',
+    '{"sha256": {}}',
+    '[' * 100_000,
+    '\ufeff{}',
+    b'\xff\xfe{}',
+    b'\0' * 20,
+]
 
 
 @pytest.mark.parametrize('text', broken, ids=lambda t: repr(t[:16]))
@@ -287,13 +374,16 @@ def test_falls_back(tmp_path, text):
         go(dmd, 1)
         save_step(tmp_path, n, lambda p: save_state(dmd, p, position=n))
     (tmp_path/'step-2'/'state.json').write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(Damaged, match=r'step-2/state\.json is damaged') as e: load_state(toy(), tmp_path/'step-2')
+    with pytest.raises(Damaged, match=r'step-2/state\.json is damaged') as e:
+        load_state(toy(), tmp_path/'step-2')
     assert len(str(e.value)) < 600 and '\n' not in str(e.value)
     told = []
     fresh = toy()
     extra, p = load_last(tmp_path, lambda p: load_state(fresh, p), told.append)
     assert (extra, p.name, fresh.step) == (dict(position=1), 'step-1', 1)
-    assert len(told) == 1 and 'state.json is damaged' in told[0] and 'going on from step-1' in told[0]
+    assert (
+        len(told) == 1 and 'state.json is damaged' in told[0] and 'going on from step-1' in told[0]
+    )
 
 
 @pytest.mark.parametrize('key', ['config', 'step', 'g_updates', 'warm_until', 'groups', 'scalers', 'extra'])
@@ -304,7 +394,8 @@ def test_a_state_that_lacks_something(tmp_path, key):
     tensors, state = load_folder(tmp_path/'s')
     del state[key]
     save_folder(tmp_path/'s', tensors, state)
-    with pytest.raises(Damaged, match=rf'state\.json is damaged \(it lacks {key}\)'): load_state(dmd, tmp_path/'s')
+    with pytest.raises(Damaged, match=rf'state\.json is damaged \(it lacks {key}\)'):
+        load_state(dmd, tmp_path/'s')
 
 
 def test_no_flipped_bit_is_read(tmp_path):
@@ -323,8 +414,10 @@ def test_signed_files(tmp_path):
     assert read_signed_json(tmp_path/'a.json') == dict(x=[1, 2.5, None, 'ü'], y={'z': float('inf')})
     (tmp_path/'old.json').write_text('{"x": 1}')
     assert read_signed_json(tmp_path/'old.json') == dict(x=1)  # from before they were signed
-    with pytest.raises(FileNotFoundError, match='none.json is missing'): read_signed_json(tmp_path/'none.json')
-    with pytest.raises(ValueError, match='sha256'): write_signed_json(tmp_path/'b.json', dict(sha256='x'))
+    with pytest.raises(FileNotFoundError, match='none.json is missing'):
+        read_signed_json(tmp_path/'none.json')
+    with pytest.raises(ValueError, match='sha256'):
+        write_signed_json(tmp_path/'b.json', dict(sha256='x'))
     assert names(tmp_path) == ['a.json', 'old.json']
 
 
@@ -335,7 +428,9 @@ def test_one_folder_or_steps(tmp_path):
     assert load_last(tmp_path/'one', load_folder) == (({}, dict(step=1)), tmp_path/'one')
     for n in (2, 3): save_step(tmp_path/'many', n, lambda p: save_folder(p, {}, dict(step=n)))
     assert load_last(tmp_path/'many', load_folder) == (({}, dict(step=3)), tmp_path/'many'/'step-3')
-    seen = load_last(tmp_path/'none', load_folder, agree=lambda found: [str(tmp_path/'many'/'step-2')])
+    seen = load_last(
+        tmp_path / 'none', load_folder, agree=lambda found: [str(tmp_path / 'many' / 'step-2')]
+    )
     assert seen == (({}, dict(step=2)), tmp_path/'many'/'step-2')  # another process saw it
 
 
@@ -357,9 +452,15 @@ def test_distill_sdxl_takes_either_layout(tmp_path):
         else:
             list(distill_sdxl(first, Prompts(), 4))
             save_step(tmp_path/layout, 4, lambda p: save_state(first, p))
-        rest = [float(o['fake_loss']) for o in distill_sdxl(toy(), Prompts(), 6, folder=tmp_path/layout, save_every=1)]
+        rest = [
+            float(o['fake_loss'])
+            for o in distill_sdxl(toy(), Prompts(), 6, folder=tmp_path / layout, save_every=1)
+        ]
         assert rest == losses[4:]
-    assert names(tmp_path/'steps') == ['step-5', 'step-6'] and (tmp_path/'one'/'state.json').is_file()
+    assert (
+        names(tmp_path / 'steps') == ['step-5', 'step-6']
+        and (tmp_path / 'one' / 'state.json').is_file()
+    )
     (tmp_path/'steps'/'step-6'/'state.json').write_text('null')
     with pytest.warns(UserWarning, match='going on from step-5'):
         assert len(list(distill_sdxl(toy(), Prompts(), 6, folder=tmp_path/'steps'))) == 1
@@ -367,7 +468,14 @@ def test_distill_sdxl_takes_either_layout(tmp_path):
 
 # -- optimisers and averages --
 
-flags = [dict(), dict(foreach=False), dict(foreach=True), dict(fused=True), dict(capturable=True, foreach=False), dict(differentiable=True, foreach=False)]
+flags = [
+    dict(),
+    dict(foreach=False),
+    dict(foreach=True),
+    dict(fused=True),
+    dict(capturable=True, foreach=False),
+    dict(differentiable=True, foreach=False),
+]
 
 
 @pytest.mark.parametrize('saved', flags, ids=str)
@@ -382,26 +490,35 @@ def test_an_optimiser_keeps_its_flags(saved, mine):
         opt.zero_grad()
         net(torch.ones(4, 3)).square().sum().backward()
         opt.step()
-    cpu = lambda kind: {k: v for k, v in kind.items() if k not in ('capturable', 'differentiable')}  # what a CPU can step with
+    # what a CPU can step with
+    cpu = lambda kind: {k: v for k, v in kind.items() if k not in ('capturable', 'differentiable')}
     (net, opt), (mine_net, mine_opt) = make(cpu(saved)), make(mine)
     for _ in range(3): update(net, opt)
     for g in opt.param_groups: g.update(saved)
     tensors, groups = optim_tensors(opt)
-    before = {k: mine_opt.param_groups[0][k] for k in ('capturable', 'differentiable', 'foreach', 'fused')}
+    before = {
+        k: mine_opt.param_groups[0][k] for k in ('capturable', 'differentiable', 'foreach', 'fused')
+    }
     load_optim(mine_opt, {k: v.clone() for k, v in tensors.items()}, groups)
     mine_net.load_state_dict(net.state_dict())
     assert {k: mine_opt.param_groups[0][k] for k in before} == before
-    assert mine_opt.param_groups[0]['lr'] == 1e-2 and mine_opt.param_groups[0]['weight_decay'] == 0.1
+    assert (
+        mine_opt.param_groups[0]['lr'] == 1e-2 and mine_opt.param_groups[0]['weight_decay'] == 0.1
+    )
     if cpu(mine) != mine: return
     for g in opt.param_groups: g.update(capturable=False, differentiable=False)
     update(net, opt)
     update(mine_net, mine_opt)
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(net.parameters(), mine_net.parameters()))
+    assert all(
+        torch.allclose(p, q, atol=1e-6) for p, q in zip(net.parameters(), mine_net.parameters())
+    )
 
 
 class Itself(nn.Module):
     "As for SDXL without an average"
-    def __init__(self, net): super().__init__(); self.__dict__['net'] = net
+    def __init__(self, net):
+        super().__init__()
+        self.__dict__['net'] = net
     def update(self, net): pass
 
 
@@ -435,7 +552,9 @@ def test_with_and_without_an_average(tmp_path):
         save_state(dmd, tmp_path/'s')
         if there: load_state(other, tmp_path/'s')
         else:
-            with pytest.warns(UserWarning, match='holds no average'): load_state(other, tmp_path/'s')
+            with pytest.warns(UserWarning, match='holds no average'):
+                load_state(other, tmp_path/'s')
         assert same(weights(other.ema.net), weights(dmd.ema.net if there and here else dmd.G))
         assert go(dmd, 3) == go(other, 3)
-    with pytest.raises(ValueError, match='another config: lr_g'): load_state(toy(lr_g=5e-3), tmp_path/'s')
+    with pytest.raises(ValueError, match='another config: lr_g'):
+        load_state(toy(lr_g=5e-3), tmp_path/'s')

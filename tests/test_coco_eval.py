@@ -14,7 +14,13 @@ from dmd2_nb.grids import ComparisonGrid, gallery, pil
 from dmd2_nb.presets import PRESETS, apply_preset, open_pipeline, sample
 
 
-def draw(prompts, seeds): return torch.stack([torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(s)).byte() for s in seeds])
+def draw(prompts, seeds):
+    return torch.stack(
+        [
+            torch.randint(0, 256, (3, 16, 16), generator=torch.Generator().manual_seed(s)).byte()
+            for s in seeds
+        ]
+    )
 
 
 class Colour(nn.Module):
@@ -61,16 +67,25 @@ def test_pickled_prompts(tmp_path):
 
 def test_coco_subset(tmp_path):
     p = tmp_path/'captions.json'
-    p.write_text(json.dumps(dict(annotations=[dict(id=i, image_id=i % 40, caption=f'c{i}') for i in range(200)])))
+    p.write_text(
+        json.dumps(
+            dict(annotations=[dict(id=i, image_id=i % 40, caption=f'c{i}') for i in range(200)])
+        )
+    )
     a, b = C.coco_captions(p, 10), C.coco_captions(p, 10)
     assert a == b and len({o['image_id'] for o in a}) == 10 and a != C.coco_captions(p, 10, seed=1)
-    assert a[0]['file_name'] == f"COCO_val2014_{a[0]['image_id']:012d}.jpg" and a[0]['caption'] == f"c{a[0]['image_id']}"
+    assert (
+        a[0]['file_name'] == f"COCO_val2014_{a[0]['image_id']:012d}.jpg"
+        and a[0]['caption'] == f"c{a[0]['image_id']}"
+    )
 
 
 def test_generation_is_resumed_and_guarded(tmp_path):
     prompts = [f'p{i}' for i in range(7)]
     calls = []
-    def counting(p, s): calls.extend(s); return draw(p, s)
+    def counting(p, s):
+        calls.extend(s)
+        return draw(p, s)
     def stops(p, s):
         if 2_000_004 in s: raise KeyboardInterrupt
         return counting(p, s)
@@ -78,10 +93,14 @@ def test_generation_is_resumed_and_guarded(tmp_path):
     C.generate(counting, prompts, tmp_path/'a', seed=2, batch=3)
     assert calls == [2_000_000+i for i in range(7)], 'each picture once, each from its own seed'
     C.generate(draw, prompts, tmp_path/'b', seed=2, batch=7)
-    assert [p.read_bytes() for p in sorted((tmp_path/'a').glob('*.png'))] == [p.read_bytes() for p in sorted((tmp_path/'b').glob('*.png'))]
+    assert [p.read_bytes() for p in sorted((tmp_path / 'a').glob('*.png'))] == [
+        p.read_bytes() for p in sorted((tmp_path / 'b').glob('*.png'))
+    ]
     for change in (dict(seed=3), dict(each=2), dict(model='other')):
-        with pytest.raises(ValueError, match=f'was made with another .*{next(iter(change))}'): C.generate(draw, prompts, tmp_path/'a', **(dict(seed=2) | change))
-    with pytest.raises(ValueError, match='another prompts'): C.generate(draw, prompts[::-1], tmp_path/'a', seed=2)
+        with pytest.raises(ValueError, match=f'was made with another .*{next(iter(change))}'):
+            C.generate(draw, prompts, tmp_path/'a', **(dict(seed=2) | change))
+    with pytest.raises(ValueError, match='another prompts'):
+        C.generate(draw, prompts[::-1], tmp_path/'a', seed=2)
     (tmp_path/'c').mkdir()
     pil(draw([''], [0])[0]).save(tmp_path/'c'/'x.png')
     with pytest.raises(ValueError, match='unknown origin'): C.generate(draw, prompts, tmp_path/'c')
@@ -93,14 +112,41 @@ def test_one_pass(tmp_path):
     real = C.Photographs.of(tmp_path/'real', Features(Colour(), 'colour'), size=8, patch_size=9)
     rmse = lambda x, y: (x-y).square().mean((1, 2, 3)).sqrt()
     dark = lambda p, s: draw(p, s)//2
-    rows = C.evaluate_prompts(dict(same=draw, dark=dark), prompts, tmp_path/'out', real, lpips=rmse, diverse=prompts[:3], timed=1)
-    assert rows['dark']['kid'] > 10*abs(rows['same']['kid']) and rows['same']['n'] == 24 and rows['same']['seconds'] > 0
-    assert all(f'{k}_se' in rows['same'] for k in ('kid', 'frechet', 'patch_frechet', 'precision', 'recall', 'lpips'))
-    assert {k: rows['same'][k] for k in ('seed', 'n', 'n_real', 'lpips_n', 'seconds_se')} == dict(seed=0, n=24, n_real=48, lpips_n=3, seconds_se=0.) and 'fid' not in rows['same']
+    rows = C.evaluate_prompts(
+        dict(same=draw, dark=dark),
+        prompts,
+        tmp_path / 'out',
+        real,
+        lpips=rmse,
+        diverse=prompts[:3],
+        timed=1,
+    )
+    assert (
+        rows['dark']['kid'] > 10 * abs(rows['same']['kid'])
+        and rows['same']['n'] == 24
+        and rows['same']['seconds'] > 0
+    )
+    assert all(
+        f'{k}_se' in rows['same']
+        for k in ('kid', 'frechet', 'patch_frechet', 'precision', 'recall', 'lpips')
+    )
+    assert {k: rows['same'][k] for k in ('seed', 'n', 'n_real', 'lpips_n', 'seconds_se')} == dict(
+        seed=0, n=24, n_real=48, lpips_n=3, seconds_se=0.0
+    ) and 'fid' not in rows['same']
     assert json.loads((tmp_path/'out'/'table.json').read_text()) == rows
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {'same', 'dark', 'table.json', 'table.txt', 'comparison.html', 'comparison.png'}
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {
+        'same',
+        'dark',
+        'table.json',
+        'table.txt',
+        'comparison.html',
+        'comparison.png',
+    }
     assert ' ± ' in (tmp_path/'out'/'table.txt').read_text()
-    assert 'dark' in (tmp_path/'out'/'table.txt').read_text() and 'data:image/png' in (tmp_path/'out'/'comparison.html').read_text()
+    assert (
+        'dark' in (tmp_path / 'out' / 'table.txt').read_text()
+        and 'data:image/png' in (tmp_path / 'out' / 'comparison.html').read_text()
+    )
 
 
 def test_latency(monkeypatch):
@@ -108,7 +154,11 @@ def test_latency(monkeypatch):
     clock, calls = iter([0, 9, 9, 18, 20, 21, 30, 32, 40, 49]), []
     monkeypatch.setattr(C.time, 'perf_counter', lambda: next(clock))
     seconds, error = C.latency(lambda p, s: calls.append((p, s)), ['a', 'b'], n=3, warmup=2)
-    assert seconds == 2 and abs(error-1.25*19**.5/3**.5) < 1e-9 and calls == [([p], [i]) for i, p in enumerate('ababa')]
+    assert (
+        seconds == 2
+        and abs(error - 1.25 * 19**0.5 / 3**0.5) < 1e-9
+        and calls == [([p], [i]) for i, p in enumerate('ababa')]
+    )
 
 
 def test_photographs_of_the_chosen_captions(tmp_path):
@@ -117,12 +167,15 @@ def test_photographs_of_the_chosen_captions(tmp_path):
     from dmd2_nb.features import extract
     (tmp_path/'val').mkdir()
     shades = {f'COCO_val2014_{i:012d}.jpg': 20*i for i in range(12)}
-    for i, (n, v) in enumerate(shades.items()): Image.new('RGB', (30+i, 40-i), (v,)*3).save(tmp_path/'val'/n)
+    for i, (n, v) in enumerate(shades.items()):
+        Image.new('RGB', (30+i, 40-i), (v,)*3).save(tmp_path/'val'/n)
     see, some = Features(Colour(), 'colour'), [n for i, n in enumerate(shades) if i % 3 == 1]
     got = C.Photographs.of(tmp_path/'val', see, size=8, patch_size=9, names=some)
-    for f in (got.whole, got.patch): assert f.shape == (4, 6) and [round(v/20) for v in f[:, 0].tolist()] == [1, 4, 7, 10]
+    for f in (got.whole, got.patch):
+        assert f.shape == (4, 6) and [round(v/20) for v in f[:, 0].tolist()] == [1, 4, 7, 10]
     assert len(C.Photographs.of(tmp_path/'val', see, size=8, patch_size=0).whole) == 12
-    with pytest.raises(FileNotFoundError, match='val: 1 of 2 photographs are missing: gone.jpg'): C.Photographs.of(tmp_path/'val', see, names=[some[0], 'gone.jpg'])
+    with pytest.raises(FileNotFoundError, match='val: 1 of 2 photographs are missing: gone.jpg'):
+        C.Photographs.of(tmp_path/'val', see, names=[some[0], 'gone.jpg'])
 
 
 def test_the_cut_of_the_paper(tmp_path):
@@ -134,9 +187,17 @@ def test_the_cut_of_the_paper(tmp_path):
     im = Image.effect_noise((640, 480), 60).convert('RGB')
     im.save(tmp_path/'v'/'a.png')
     want = im.crop((80, 0, 560, 480)).resize((256, 256), Image.Resampling.LANCZOS)
-    assert torch.equal(folder_images(tmp_path/'v', 256).one(0), torch.tensor(list(want.getdata()), dtype=torch.uint8).reshape(256, 256, 3).permute(2, 0, 1))
+    assert torch.equal(
+        folder_images(tmp_path / 'v', 256).one(0),
+        torch.tensor(list(want.getdata()), dtype=torch.uint8).reshape(256, 256, 3).permute(2, 0, 1),
+    )
     middle = im.crop((170, 90, 469, 389))
-    assert torch.equal(patches(tmp_path/'v').one(0), torch.tensor(list(middle.getdata()), dtype=torch.uint8).reshape(299, 299, 3).permute(2, 0, 1))
+    assert torch.equal(
+        patches(tmp_path / 'v').one(0),
+        torch.tensor(list(middle.getdata()), dtype=torch.uint8)
+        .reshape(299, 299, 3)
+        .permute(2, 0, 1),
+    )
 
 
 def test_papers_rows_are_labelled():
@@ -149,12 +210,18 @@ def test_grids(tmp_path):
     with pytest.raises(ValueError, match="already"): g.add('x', draw('ab', [1, 2]))
     with pytest.raises(ValueError, match='at least one row'): ComparisonGrid([])
     with pytest.raises(ValueError, match='no columns'): ComparisonGrid(['a']).image()
-    with pytest.raises(ValueError, match='a picture is uint8'): ComparisonGrid(['a']).add('x', torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match='a picture is uint8'):
+        ComparisonGrid(['a']).add('x', torch.zeros(1, 3, 4, 4))
     sheet = gallery(draw, ['a', 'b'], [0, 1, 2])
     assert sheet.save(tmp_path/'s.html').read_text().count('<img') == 6
     from PIL import Image
     im = Image.open(ComparisonGrid(['a']).add('x', draw('a', [3])).save(tmp_path/'s.png', cell=16))
-    assert torch.equal(torch.tensor(list(im.crop((80, 24, 96, 40)).getdata()), dtype=torch.uint8).reshape(16, 16, 3).permute(2, 0, 1), draw('a', [3])[0])
+    assert torch.equal(
+        torch.tensor(list(im.crop((80, 24, 96, 40)).getdata()), dtype=torch.uint8)
+        .reshape(16, 16, 3)
+        .permute(2, 0, 1),
+        draw('a', [3])[0],
+    )
 
 
 @pytest.fixture(scope='module')
@@ -164,9 +231,23 @@ def pipe():
     from dmd2_nb.sdxl.conditioning import tiny_text_encoders
     torch.manual_seed(0)
     enc = tiny_text_encoders()
-    vae = D.AutoencoderKL(block_out_channels=(8, 8), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4)
-    scheduler = D.EulerDiscreteScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1)
-    return D.StableDiffusionXLPipeline(vae, *enc.models, *enc.tokenizers, make_unet(TINY_SDXL), scheduler)
+    vae = D.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=('DownEncoderBlock2D',) * 2,
+        up_block_types=('UpDecoderBlock2D',) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    scheduler = D.EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule='scaled_linear',
+        steps_offset=1,
+    )
+    return D.StableDiffusionXLPipeline(
+        vae, *enc.models, *enc.tokenizers, make_unet(TINY_SDXL), scheduler
+    )
 
 
 @pytest.mark.parametrize('name,timesteps', [
@@ -198,8 +279,19 @@ def sd15():
     from dmd2_nb.sdxl.conditioning import tiny_text_encoders
     torch.manual_seed(0)
     enc = tiny_text_encoders(two=False)
-    scheduler = D.PNDMScheduler(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear')
-    return D.StableDiffusionPipeline(D.AutoencoderKL(**TINY_VAE), enc.models[0], enc.tokenizers[0], make_unet(TINY_SD15), scheduler, None, None, requires_safety_checker=False)
+    scheduler = D.PNDMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
+    )
+    return D.StableDiffusionPipeline(
+        D.AutoencoderKL(**TINY_VAE),
+        enc.models[0],
+        enc.tokenizers[0],
+        make_unet(TINY_SD15),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
+    )
 
 
 @pytest.mark.parametrize('name,batch,first,calls', [('sd15 dmd2 1', 2, 999, 1), ('sd15 cfg 3', 4, 751, 5)])
@@ -207,19 +299,44 @@ def test_stable_diffusion_15(sd15, name, batch, first, calls):
     "One step from pure noise at 999, without guidance; the teacher guided, by PNDM with one evaluation more than steps"
     p = PRESETS[name] if calls == 1 else replace(PRESETS[name], steps=4)
     seen = []
-    hook = sd15.unet.register_forward_pre_hook(lambda m, args: seen.append((len(args[0]), int(args[1]))))
+    hook = sd15.unet.register_forward_pre_hook(
+        lambda m, args: seen.append((len(args[0]), int(args[1])))
+    )
     try: x = sample(apply_preset(sd15, p), p, ['a', 'b'], [0, 1], 64)
     finally: hook.remove()
-    assert {b for b, _ in seen} == {batch} and seen[0][1] == first and len(seen) == calls and x.shape == (2, 3, 64, 64)
+    assert (
+        {b for b, _ in seen} == {batch}
+        and seen[0][1] == first
+        and len(seen) == calls
+        and x.shape == (2, 3, 64, 64)
+    )
 
 
 def test_the_papers_rows_are_all_there():
     "Each preset's file and numbers, against the tables typed a second time"
-    fid = {'sdxl cfg 6': 19.36, 'sdxl cfg 8': 20.39, 'lcm-sdxl 1': 81.62, 'lcm-sdxl 4': 22.16, 'sdxl-turbo 1': 24.57, 'sdxl-turbo 4': 23.19, 'sdxl-lightning 1': 23.92,
-           'sdxl-lightning 4': 24.46, 'dmd2 1': 19.01, 'dmd2 4': 19.32, 'dmd2 4 lora': 19.68, 'sd15 cfg 3': 8.59, 'sd15 dmd2 1': 8.35}
+    fid = {
+        'sdxl cfg 6': 19.36,
+        'sdxl cfg 8': 20.39,
+        'lcm-sdxl 1': 81.62,
+        'lcm-sdxl 4': 22.16,
+        'sdxl-turbo 1': 24.57,
+        'sdxl-turbo 4': 23.19,
+        'sdxl-lightning 1': 23.92,
+        'sdxl-lightning 4': 24.46,
+        'dmd2 1': 19.01,
+        'dmd2 4': 19.32,
+        'dmd2 4 lora': 19.68,
+        'sd15 cfg 3': 8.59,
+        'sd15 dmd2 1': 8.35,
+    }
     assert {k: p.paper['fid'] for k, p in PRESETS.items()} == fid
-    assert [PRESETS[k].scheduler for k in ('sdxl cfg 6', 'sd15 cfg 3')] == ['EulerDiscreteScheduler', 'PNDMScheduler']
-    assert PRESETS['sd15 dmd2 1'].file.startswith('model/sdv1.5/') and PRESETS['sd15 dmd2 1'].file.endswith('fid8.35_checkpoint_model_041000/pytorch_model.bin')
+    assert [PRESETS[k].scheduler for k in ('sdxl cfg 6', 'sd15 cfg 3')] == [
+        'EulerDiscreteScheduler',
+        'PNDMScheduler',
+    ]
+    assert PRESETS['sd15 dmd2 1'].file.startswith('model/sdv1.5/') and PRESETS[
+        'sd15 dmd2 1'
+    ].file.endswith('fid8.35_checkpoint_model_041000/pytorch_model.bin')
 
 
 def test_seed_is_a_picture(pipe):
@@ -236,7 +353,8 @@ def test_second_tokenizer(pipe):
     right = pipe.tokenizer_2
     try:
         pipe.tokenizer_2 = pipe.tokenizer
-        with pytest.raises(ValueError, match='both tokenizers pad'): apply_preset(pipe, PRESETS['dmd2 4'])
+        with pytest.raises(ValueError, match='both tokenizers pad'):
+            apply_preset(pipe, PRESETS['dmd2 4'])
     finally: pipe.tokenizer_2 = right
 
 

@@ -21,7 +21,8 @@ def four_steps(**kw):
     return FewStepGenerator(net, (80., 5., 1.), ['Shirt', 'Bag', 'Boot'], **kw)
 
 
-def near(a, b): return (a.int()-b.int()).abs().max() <= 1  # a batch of another size rounds otherwise
+# a batch of another size rounds otherwise
+def near(a, b): return (a.int()-b.int()).abs().max() <= 1
 
 
 def test_python_shell_and_sheet(tmp_path, monkeypatch):
@@ -30,7 +31,9 @@ def test_python_shell_and_sheet(tmp_path, monkeypatch):
     own.save_pretrained(tmp_path/'own')
     for name, g in (('fashion16_1step', bundled), ('own', own)):
         for seed in (0, 5):
-            assert COMMANDS['sample']([name, '--n', '4', '--seed', str(seed), '--out', 's.npz']) == 0
+            assert (
+                COMMANDS['sample']([name, '--n', '4', '--seed', str(seed), '--out', 's.npz']) == 0
+            )
             with np.load('s.npz') as z: shell = torch.from_numpy(z['images'])
             python = to_uint8(g.sample(4, seed=seed))
             sheet = draw(student_sampler(g.G, g.levels), g.G.shape, g.condition(4, seed=seed), seed)
@@ -41,8 +44,11 @@ def test_python_shell_and_sheet(tmp_path, monkeypatch):
 def test_batches_change_nothing():
     g = four_steps()
     whole = g.sample(9, 'Bag', seed=2)
-    for batch in (1, 4, 9, 100): assert near(to_uint8(g.sample(9, 'Bag', seed=2, batch=batch)), to_uint8(whole))
-    assert near(to_uint8(g.sample(3, 'Bag', seed=2)), to_uint8(whole[:3])), 'the first three of nine are the three'
+    for batch in (1, 4, 9, 100):
+        assert near(to_uint8(g.sample(9, 'Bag', seed=2, batch=batch)), to_uint8(whole))
+    assert near(to_uint8(g.sample(3, 'Bag', seed=2)), to_uint8(whole[:3])), (
+        'the first three of nine are the three'
+    )
     s = student_sampler(g.G, g.levels)
     assert isinstance(s, FewSteps)
     assert near(draw(s, g.G.shape, g.condition(9, 'Bag'), 2, batch=2), to_uint8(whole))
@@ -53,9 +59,15 @@ def test_the_rule_itself():
     from dmd2_nb.sampling import few_step_states
     g = four_steps()
     c = g.condition(2, 'Boot')
-    noise = [torch.stack([torch.randn(g.G.shape, generator=rng(7, j, k)) for j in range(2)]) for k in range(3)]
+    noise = [
+        torch.stack([torch.randn(g.G.shape, generator=rng(7, j, k)) for j in range(2)])
+        for k in range(3)
+    ]
     with torch.no_grad():
-        for x, sigma in few_step_states(g.G, noise[0], torch.tensor(g.levels), c, noises=iter(noise[1:])): pass
+        for x, sigma in few_step_states(
+            g.G, noise[0], torch.tensor(g.levels), c, noises=iter(noise[1:])
+        ):
+            pass
         x = g.G(x, sigma, c)
     assert torch.equal(x.clamp(-1, 1), g.sample(2, 'Boot', seed=7))
     assert torch.equal(row_noise((3,), [4, 9], 7, 2)[1], torch.randn(3, generator=rng(7, 9, 2)))
@@ -65,17 +77,33 @@ def test_many_samples_stay_small():
     "Ten thousand points go through the network a batch at a time"
     net, sizes = EDMPrecond(ToyNet(width=8)), []
     net.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
-    assert FewStepGenerator(net, (10.,)).sample(10_000).shape == (10_000, 2) and max(sizes) <= 1000 and sum(sizes) == 10_000
+    assert (
+        FewStepGenerator(net, (10.0,)).sample(10_000).shape == (10_000, 2)
+        and max(sizes) <= 1000
+        and sum(sizes) == 10_000
+    )
 
 
 def test_labels_of_every_kind():
     g = four_steps()
     want = g.sample(2, 1)
-    for label in ('Bag', np.int64(1), torch.tensor(1), ['Bag', 'Bag'], ('Bag', 1), [np.int32(1), torch.tensor(1)], torch.tensor([1, 1])): assert torch.equal(g.sample(2, label), want)
+    for label in (
+        'Bag',
+        np.int64(1),
+        torch.tensor(1),
+        ['Bag', 'Bag'],
+        ('Bag', 1),
+        [np.int32(1), torch.tensor(1)],
+        torch.tensor([1, 1]),
+    ):
+        assert torch.equal(g.sample(2, label), want)
     assert torch.equal(g.sample(np.int64(2), 'Bag', seed=np.int64(0)), want)
     emo = four_steps(styles=['flat', '3d'])
     emo.G = EDMPrecond(UNet(16, 1, label_dim=5, channels=(8, 16), emb=8))
-    assert torch.equal(emo.condition(2, ['Bag', 'Boot'], ['3d', 'flat']), torch.tensor([[0., 1, 0, 0, 1], [0, 0, 1, 1, 0]]))
+    assert torch.equal(
+        emo.condition(2, ['Bag', 'Boot'], ['3d', 'flat']),
+        torch.tensor([[0.0, 1, 0, 0, 1], [0, 0, 1, 1, 0]]),
+    )
 
 
 @pytest.mark.parametrize('args, word', [((2, np.int64(3)), 'label 3 is not in 0..2'), ((2, -1), '-1'), ((2, True), 'label'), ((2, ['Bag']), '1 labels given'), ((2, ['Bag', 'Hat']), "'Hat'"),
@@ -88,7 +116,8 @@ def test_what_cannot_be_drawn(args, word):
 
 
 def test_rows_that_do_not_fit():
-    with pytest.raises(ValueError, match='7 samples were asked for, the condition has 3 rows'): next(few_step_batches(None, torch.tensor([1.]), (2,), 7, torch.zeros(3)))
+    with pytest.raises(ValueError, match='7 samples were asked for, the condition has 3 rows'):
+        next(few_step_batches(None, torch.tensor([1.]), (2,), 7, torch.zeros(3)))
 
 
 def test_promised_names():
@@ -96,4 +125,5 @@ def test_promised_names():
     from dmd2_nb.sdxl.pretrain import regression_pretrain
     from dmd2_nb.sdxl.recipe import regression_pretrain as promised
     assert promised is regression_pretrain
-    for n in ('distill', 'sample', 'evaluate', 'prepare', 'train_teacher'): assert getattr(cli, n) is COMMANDS[n] is getattr(cli, f'{n}_main')
+    for n in ('distill', 'sample', 'evaluate', 'prepare', 'train_teacher'):
+        assert getattr(cli, n) is COMMANDS[n] is getattr(cli, f'{n}_main')

@@ -10,7 +10,12 @@ from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.unet import ADMUNet, SongUNet
 
 here = Path(__file__).parent
-ncsnpp = dict(embedding_type='fourier', channel_mult_noise=2, encoder_type='residual', resample_filter=(1, 3, 3, 1))
+ncsnpp = dict(
+    embedding_type='fourier',
+    channel_mult_noise=2,
+    encoder_type='residual',
+    resample_filter=(1, 3, 3, 1),
+)
 
 
 def shaken(net):
@@ -21,7 +26,9 @@ def shaken(net):
 
 def test_imagenet64_keys():
     "553 tensors of the published names and shapes, 295,899,267 parameters"
-    want = dict(line.split('\t') for line in (here/'edm_imagenet64_keys.tsv').read_text().splitlines())
+    want = dict(
+        line.split('\t') for line in (here / 'edm_imagenet64_keys.tsv').read_text().splitlines()
+    )
     with torch.device('meta'): D = EDMPrecond(ADMUNet(64, label_dim=1000))
     assert len(want) == 553 and {k: str(tuple(v.shape)) for k, v in D.state_dict().items()} == want
     assert sum(p.numel() for p in D.parameters()) == 295_899_267
@@ -29,22 +36,59 @@ def test_imagenet64_keys():
 
 def test_song_keys():
     "Where the three kinds of SongUNet differ in their names"
-    args = dict(img_resolution=32, label_dim=10, augment_dim=9, model_channels=32, channel_mult=(1, 2, 2), num_blocks=2)
-    with torch.device('meta'): keys = {k: {n: tuple(v.shape) for n, v in SongUNet(**args, **kw).state_dict().items()} for k, kw in dict(
-        ddpmpp={}, ncsnpp=ncsnpp, skip=dict(encoder_type='skip', decoder_type='skip')).items()}
+    args = dict(
+        img_resolution=32,
+        label_dim=10,
+        augment_dim=9,
+        model_channels=32,
+        channel_mult=(1, 2, 2),
+        num_blocks=2,
+    )
+    with torch.device('meta'):
+        keys = {
+            k: {n: tuple(v.shape) for n, v in SongUNet(**args, **kw).state_dict().items()}
+            for k, kw in dict(
+                ddpmpp={}, ncsnpp=ncsnpp, skip=dict(encoder_type='skip', decoder_type='skip')
+            ).items()
+        }
     ddpm = keys['ddpmpp']
-    assert ddpm['map_label.weight'] == (32, 10) and ddpm['map_label.bias'] == (32,) and ddpm['map_augment.weight'] == (32, 9) and 'map_augment.bias' not in ddpm
-    assert ddpm['enc.16x16_down.skip.weight'] == (32, 32, 1, 1) and ddpm['enc.16x16_down.skip.resample_filter'] == (1, 1, 2, 2)
-    assert ddpm['enc.32x32_block0.affine.weight'] == (32, 128) and ddpm['dec.32x32_aux_conv.weight'] == (3, 32, 3, 3) and 'dec.16x16_aux_norm.weight' not in ddpm
-    assert [n for n in ddpm if n.endswith('qkv.weight')] == [f'{n}.qkv.weight' for n in ('enc.16x16_block0', 'enc.16x16_block1', 'dec.8x8_in0', 'dec.16x16_block2')]
+    assert (
+        ddpm['map_label.weight'] == (32, 10)
+        and ddpm['map_label.bias'] == (32,)
+        and ddpm['map_augment.weight'] == (32, 9)
+        and 'map_augment.bias' not in ddpm
+    )
+    assert ddpm['enc.16x16_down.skip.weight'] == (32, 32, 1, 1) and ddpm[
+        'enc.16x16_down.skip.resample_filter'
+    ] == (1, 1, 2, 2)
+    assert (
+        ddpm['enc.32x32_block0.affine.weight'] == (32, 128)
+        and ddpm['dec.32x32_aux_conv.weight'] == (3, 32, 3, 3)
+        and 'dec.16x16_aux_norm.weight' not in ddpm
+    )
+    assert [n for n in ddpm if n.endswith('qkv.weight')] == [
+        f'{n}.qkv.weight'
+        for n in ('enc.16x16_block0', 'enc.16x16_block1', 'dec.8x8_in0', 'dec.16x16_block2')
+    ]
     ncsn = keys['ncsnpp']
-    assert ncsn['map_noise.freqs'] == (32,) and ncsn['enc.16x16_aux_residual.weight'] == (32, 3, 3, 3) and ncsn['enc.8x8_aux_residual.weight'] == (64, 32, 3, 3)
-    assert ncsn['enc.8x8_aux_residual.resample_filter'] == (1, 1, 4, 4) and ncsn['map_layer0.weight'] == (128, 64)
+    assert (
+        ncsn['map_noise.freqs'] == (32,)
+        and ncsn['enc.16x16_aux_residual.weight'] == (32, 3, 3, 3)
+        and ncsn['enc.8x8_aux_residual.weight'] == (64, 32, 3, 3)
+    )
+    assert ncsn['enc.8x8_aux_residual.resample_filter'] == (1, 1, 4, 4) and ncsn[
+        'map_layer0.weight'
+    ] == (128, 64)
     skip = keys['skip']
-    assert 'enc.16x16_aux_down.weight' not in skip and skip['enc.16x16_aux_skip.weight'] == (32, 3, 1, 1) and skip['dec.16x16_aux_up.resample_filter'] == (1, 1, 2, 2)
+    assert (
+        'enc.16x16_aux_down.weight' not in skip
+        and skip['enc.16x16_aux_skip.weight'] == (32, 3, 1, 1)
+        and skip['dec.16x16_aux_up.resample_filter'] == (1, 1, 2, 2)
+    )
 
 
-# -- a second way of writing the networks: one function over a state dict, with its own arithmetic --
+# -- a second way of writing the networks: one function over a state dict, with its own arithmetic
+# --
 
 def conv(s, k, x, up=False, down=False, conv_first=False):
     w, b, f = s.get(f'{k}.weight'), s.get(f'{k}.bias'), s.get(f'{k}.resample_filter')
@@ -68,7 +112,9 @@ def conv(s, k, x, up=False, down=False, conv_first=False):
 def norm(s, k, x, eps):
     b, c = x.shape[:2]
     y = x.reshape(b, min(32, c//4), -1)
-    y = ((y-y.mean(-1, keepdim=True))/(y.var(-1, keepdim=True, correction=0)+eps).sqrt()).reshape(x.shape)
+    y = (
+        (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, correction=0) + eps).sqrt()
+    ).reshape(x.shape)
     return y*s[f'{k}.weight'][:, None, None]+s[f'{k}.bias'][:, None, None]
 
 
@@ -115,7 +161,8 @@ def reference(net, x, v, y):
     for k in [n for n in names if n.startswith('enc')]:
         if k.endswith('aux_down'): side = conv(s, k, side, down=True)
         elif k.endswith('aux_skip'): skips[-1] = x = x+conv(s, k, side)
-        elif k.endswith('aux_residual'): skips[-1] = x = side = (x+conv(s, k, side, conv_first=True))/sqrt(2)
+        elif k.endswith('aux_residual'):
+            skips[-1] = x = side = (x+conv(s, k, side, conv_first=True))/sqrt(2)
         else:
             x = conv(s, k, x) if k.endswith('_conv') else block(s, k, x, e, adm)
             skips.append(x)
@@ -133,11 +180,34 @@ def reference(net, x, v, y):
 
 base = dict(img_resolution=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
 cases = dict(
-    adm=(ADMUNet, dict(model_channels=64, label_dim=5)), adm_deep=(ADMUNet, dict(model_channels=32, label_dim=3, channel_mult=(1, 2, 3, 4), num_blocks=2, attn_resolutions=(8, 4, 2))),
+    adm=(ADMUNet, dict(model_channels=64, label_dim=5)),
+    adm_deep=(
+        ADMUNet,
+        dict(
+            model_channels=32,
+            label_dim=3,
+            channel_mult=(1, 2, 3, 4),
+            num_blocks=2,
+            attn_resolutions=(8, 4, 2),
+        ),
+    ),
     adm_uncond=(ADMUNet, dict(model_channels=96, channel_mult=(2, 1))),
-    ddpmpp=(SongUNet, dict(model_channels=32, label_dim=5)), ddpmpp_deep=(SongUNet, dict(model_channels=16, channel_mult=(2, 2, 3), num_blocks=3)),
-    ncsnpp=(SongUNet, dict(model_channels=32, label_dim=5, **ncsnpp)), ncsnpp_deep=(SongUNet, dict(model_channels=16, channel_mult=(1, 2, 2, 2), num_blocks=2, **ncsnpp)),
-    skip=(SongUNet, dict(model_channels=32, encoder_type='skip', decoder_type='skip', resample_filter=(1, 3, 3, 1))),
+    ddpmpp=(SongUNet, dict(model_channels=32, label_dim=5)),
+    ddpmpp_deep=(SongUNet, dict(model_channels=16, channel_mult=(2, 2, 3), num_blocks=3)),
+    ncsnpp=(SongUNet, dict(model_channels=32, label_dim=5, **ncsnpp)),
+    ncsnpp_deep=(
+        SongUNet,
+        dict(model_channels=16, channel_mult=(1, 2, 2, 2), num_blocks=2, **ncsnpp),
+    ),
+    skip=(
+        SongUNet,
+        dict(
+            model_channels=32,
+            encoder_type='skip',
+            decoder_type='skip',
+            resample_filter=(1, 3, 3, 1),
+        ),
+    ),
 )
 
 
@@ -173,12 +243,19 @@ def test_layouts_and_gradients(case):
     "channels_last gives the same, and every parameter that takes part gets a gradient"
     kind, kw = cases[case]
     net = shaken(kind(**base | kw, augment_dim=9))
-    x, v, y, a = torch.randn(2, 3, 16, 16), torch.tensor([-1., 1.]), torch.tensor([0, 2]), torch.randn(2, 9)
+    x, v, y, a = (
+        torch.randn(2, 3, 16, 16),
+        torch.tensor([-1.0, 1.0]),
+        torch.tensor([0, 2]),
+        torch.randn(2, 9),
+    )
     out = net(x, v, y, augment=a)
     out.square().sum().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
     assert (net(x, v, y)-out).abs().max() > 1e-4
-    last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), v, y, augment=a)
+    last = net.to(memory_format=torch.channels_last)(
+        x.to(memory_format=torch.channels_last), v, y, augment=a
+    )
     assert (last-out).norm()/out.norm() < 1e-5
 
 

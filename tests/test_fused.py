@@ -11,13 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmd2_nb.blocks import Block
 
-need_triton = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='triton is not installed: it comes with PyTorch on Linux')
+need_triton = pytest.mark.skipif(
+    importlib.util.find_spec('triton') is None,
+    reason='triton is not installed: it comes with PyTorch on Linux',
+)
 
 
 def part(root, name):
     "What one part of the worker printed"
     path = os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))
-    out = subprocess.run([sys.executable, root/'tests/_fused_work.py', name], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=''), timeout=300)
+    out = subprocess.run(
+        [sys.executable, root / 'tests/_fused_work.py', name],
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=''),
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -48,10 +57,19 @@ def test_kernels_compile(root):
 
 class Copies(TorchDispatchMode):
     "Sizes of what is copied or joined"
-    def __init__(self): super().__init__(); self.sizes = []
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy, torch.ops.aten.stack, torch.ops.aten.cat): self.sizes.append(out.numel())
+        if func.overloadpacket in (
+            torch.ops.aten.clone,
+            torch.ops.aten.copy_,
+            torch.ops.aten._to_copy,
+            torch.ops.aten.stack,
+            torch.ops.aten.cat,
+        ):
+            self.sizes.append(out.numel())
         return out
 
 

@@ -23,7 +23,11 @@ narrow = [torch.float16, torch.bfloat16, torch.float32]
 def mixture(d, seed):
     g = torch.Generator().manual_seed(seed)
     A = torch.randn(3, d, d, generator=g, dtype=torch.double)
-    return Mixture(torch.rand(3, generator=g).double()+.1, torch.randn(3, d, generator=g, dtype=torch.double), A@A.mT/d + .1*torch.eye(d).double())
+    return Mixture(
+        torch.rand(3, generator=g).double() + 0.1,
+        torch.randn(3, d, generator=g, dtype=torch.double),
+        A @ A.mT / d + 0.1 * torch.eye(d).double(),
+    )
 
 
 class Shaped:
@@ -39,8 +43,19 @@ def score_of(mix, x, sigma):
     return s[0]
 
 
-def batch(shape): return torch.randn(b, *shape, dtype=torch.double), 0.2+2*torch.rand(b, dtype=torch.double), torch.randn(b, *shape, dtype=torch.double)
-def close(a, b, tol=1e-9): torch.testing.assert_close(torch.as_tensor(a, dtype=torch.double), torch.as_tensor(b, dtype=torch.double), rtol=tol, atol=tol)
+def batch(shape):
+    return (
+        torch.randn(b, *shape, dtype=torch.double),
+        0.2 + 2 * torch.rand(b, dtype=torch.double),
+        torch.randn(b, *shape, dtype=torch.double),
+    )
+def close(a, b, tol=1e-9):
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=torch.double),
+        torch.as_tensor(b, dtype=torch.double),
+        rtol=tol,
+        atol=tol,
+    )
 
 
 @each_shape
@@ -57,7 +72,8 @@ def test_dmd_loss_is_the_weighted_difference_of_scores(shape):
     for i in range(b):
         y, s = noisy[i].flatten(), sigma[i].item()
         s_real, s_fake = (score_of(m, y, s) for m in (real, fake))
-        off = [abs(u-v) for u, v in zip(x[i].flatten().tolist(), (y + s**2*s_real).tolist())]  # Tweedie
+        # Tweedie
+        off = [abs(u-v) for u, v in zip(x[i].flatten().tolist(), (y + s**2*s_real).tolist())]
         grads.append((s**2/(sum(off)/d)*(s_fake-s_real)).tolist())
     close(x.grad.flatten(1), torch.tensor(grads, dtype=torch.double)/(b*d), 1e-8)
     close(loss, sum(v**2 for g in grads for v in g)/(2*b*d), 1e-8)
@@ -65,12 +81,23 @@ def test_dmd_loss_is_the_weighted_difference_of_scores(shape):
 
 def test_dmd_loss_descends_the_kl():
     "For x = m + s z the loss without its scaling gives the parameters the gradient of the closed-form KL of the noisy distributions"
-    m, s, sigma, n = torch.tensor(-1., dtype=torch.double, requires_grad=True), torch.tensor(.5, dtype=torch.double, requires_grad=True), .7, 400_000
+    m, s, sigma, n = (
+        torch.tensor(-1.0, dtype=torch.double, requires_grad=True),
+        torch.tensor(0.5, dtype=torch.double, requires_grad=True),
+        0.7,
+        400_000,
+    )
     z, e = torch.randn(2, n, 1, dtype=torch.double)
     x = m + s*z
-    real, fake = (Mixture(torch.ones(1).double(), torch.tensor([[c]]).double(), torch.tensor([[[v]]]).double()) for c, v in ((1., .36), (-1., .25)))
+    real, fake = (
+        Mixture(
+            torch.ones(1).double(), torch.tensor([[c]]).double(), torch.tensor([[[v]]]).double()
+        )
+        for c, v in ((1.0, 0.36), (-1.0, 0.25))
+    )
     y, lev = (x+sigma*e).detach(), torch.full((n,), sigma, dtype=torch.double)
-    g = dmd_grad(x.detach(), real(y, lev), fake(y, lev))*(x.detach()-real(y, lev)).abs()/sigma**2  # scaling undone
+    # scaling undone
+    g = dmd_grad(x.detach(), real(y, lev), fake(y, lev))*(x.detach()-real(y, lev)).abs()/sigma**2
     by_loss = torch.autograd.grad((g*x).mean(), (m, s))
     p, q = (s**2+sigma**2), .36+sigma**2
     kl = .5*(p/q + (m-1)**2/q - 1 - (p/q).log())
@@ -114,7 +141,10 @@ def test_denoising_loss_of_a_network_has_unit_weight_on_its_raw_output(loss):
     total = 0.
     for i in range(b):
         s, y = sigma[i].item(), x[i]+sigma[i]*n[i]
-        raw = net(y[None]/math.sqrt(s*s+sd*sd), torch.tensor([math.log(s)/4], dtype=torch.double))[0]
+        raw = net(
+            y[None] / math.sqrt(s * s + sd * sd),
+            torch.tensor([math.log(s) / 4], dtype=torch.double),
+        )[0]
         target = (x[i]-sd**2/(s*s+sd*sd)*y)*math.sqrt(s*s+sd*sd)/(s*sd)
         total += sum(v**2 for v in (raw-target).tolist())/2
     close(got, total/b, 1e-7)
@@ -129,7 +159,10 @@ def test_fake_score_loss_gives_the_samples_no_gradient():
 
 
 def test_gan_losses_are_log_probabilities():
-    fake, real = (4*torch.randn(b, 1, dtype=torch.double)).requires_grad_(), 4*torch.randn(b+2, 1, dtype=torch.double)
+    fake, real = (
+        (4 * torch.randn(b, 1, dtype=torch.double)).requires_grad_(),
+        4 * torch.randn(b + 2, 1, dtype=torch.double),
+    )
     p = lambda l: 1/(1+math.exp(-l))  # of being real
     pf, pr = [p(l) for l in fake.flatten().tolist()], [p(l) for l in real.flatten().tolist()]
     g = gan_g_loss(fake)
@@ -177,7 +210,10 @@ def test_regression_loss():
         out = G(10*z[i:i+1], torch.tensor([10.], dtype=torch.double))[0]
         total += sum((u-v)**2 for u, v in zip(out.tolist(), x[i].tolist()))/2
     close(regression_loss(G, z, x, torch.tensor(10., dtype=torch.double)), total/b)
-    close(regression_loss(G, z, x, 10., distance=lambda u, v: (u-v).abs().max()), max((G(10*z, torch.full((b,), 10.).double())-x).abs().flatten().tolist()))
+    close(
+        regression_loss(G, z, x, 10.0, distance=lambda u, v: (u - v).abs().max()),
+        max((G(10 * z, torch.full((b,), 10.0).double()) - x).abs().flatten().tolist()),
+    )
 
 
 @each_shape
@@ -185,7 +221,11 @@ def test_empirical_denoiser_and_tracking_error(shape):
     cloud, (x, sigma, n) = torch.randn(7, *shape, dtype=torch.double), batch(shape)
     sigma[0] = .01  # nearly a look-up of the nearest point
     def slow(y, s):
-        w = [-sum((u-v)**2 for u, v in zip(y.flatten().tolist(), p.flatten().tolist()))/(2*s*s) for p in cloud]
+        w = [
+            -sum((u - v) ** 2 for u, v in zip(y.flatten().tolist(), p.flatten().tolist()))
+            / (2 * s * s)
+            for p in cloud
+        ]
         e = [math.exp(v-max(w)) for v in w]
         return sum(v*p for v, p in zip(e, cloud))/sum(e)
     D = empirical_denoiser(cloud)
@@ -195,14 +235,22 @@ def test_empirical_denoiser_and_tracking_error(shape):
     D1 = empirical_denoiser(cloud, chunk=2)
     close(D1(torch.stack(ys), sigma), torch.stack(outs), 1e-8)
     other = Shaped(mixture(math.prod(shape), 4))
-    gap = sum(((other(y[None], s[None])[0]-o)/s).pow(2).mean().item() for y, s, o in zip(ys, sigma, outs))/b
+    gap = (
+        sum(
+            ((other(y[None], s[None])[0] - o) / s).pow(2).mean().item()
+            for y, s, o in zip(ys, sigma, outs)
+        )
+        / b
+    )
     close(tracking_error(other, x, sigma, noise=n, exact=D), gap, 1e-8)
 
 
 def test_empirical_denoiser_keeps_single_precision_clouds_sharp():
     "At the lowest level a point of the cloud is its own best guess, also far from the origin"
     cloud = 30 + torch.randn(200, 12)
-    torch.testing.assert_close(empirical_denoiser(cloud)(cloud, torch.full((200,), .002)), cloud, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        empirical_denoiser(cloud)(cloud, torch.full((200,), 0.002)), cloud, atol=1e-5, rtol=0
+    )
 
 
 def test_guidance():
@@ -219,9 +267,16 @@ def test_guidance():
 
 
 losses = dict(
-    dmd=lambda x, n, r: dmd_loss(x, n, r), dmd_grad=lambda x, n, r: dmd_grad(x, n, r).pow(2).mean(),
-    dsm=lambda x, n, r: dsm_loss(lambda y, s, c: y*.5, x, r[:,0], noise=n), fake_score=lambda x, n, r: fake_score_loss(lambda y, s, c: y*.5, x, r[:,0], noise=n),
-    gan_g=lambda x, n, r: gan_g_loss(x), gan_d=lambda x, n, r: gan_d_loss(x, n), regression=lambda x, n, r: regression_loss(lambda y, s, c: y*.1, x, n, torch.tensor(2., dtype=x.dtype)))
+    dmd=lambda x, n, r: dmd_loss(x, n, r),
+    dmd_grad=lambda x, n, r: dmd_grad(x, n, r).pow(2).mean(),
+    dsm=lambda x, n, r: dsm_loss(lambda y, s, c: y * 0.5, x, r[:, 0], noise=n),
+    fake_score=lambda x, n, r: fake_score_loss(lambda y, s, c: y * 0.5, x, r[:, 0], noise=n),
+    gan_g=lambda x, n, r: gan_g_loss(x),
+    gan_d=lambda x, n, r: gan_d_loss(x, n),
+    regression=lambda x, n, r: regression_loss(
+        lambda y, s, c: y * 0.1, x, n, torch.tensor(2.0, dtype=x.dtype)
+    ),
+)
 
 
 @pytest.mark.parametrize('name', losses)
@@ -233,7 +288,8 @@ def test_losses_compute_wide(name):
     assert exact.dtype == torch.double
     for d in narrow:
         got = losses[name](*(t.to(d) for t in (x, n, r)))
-        again = losses[name](*(t.to(d).double() for t in (x, n, r)))  # the same rounded inputs, double arithmetic
+        # the same rounded inputs, double arithmetic
+        again = losses[name](*(t.to(d).double() for t in (x, n, r)))
         assert got.dtype == torch.float32
         close(got, again, 1e-5)
 

@@ -49,7 +49,9 @@ def stale(dmd):
 def one_mode(dmd):
     "The critic is given the samples on one side only, and their noise never changes"
     step = dmd.fake_step
-    dmd.fake_step = lambda x, cond, real: step(x[x[:, 0] > x[:, 0].median()].repeat(2, 1)*0.3, cond, real)
+    dmd.fake_step = lambda x, cond, real: step(
+        x[x[:, 0] > x[:, 0].median()].repeat(2, 1) * 0.3, cond, real
+    )
 
 
 def reveal(dmd):
@@ -72,12 +74,23 @@ def dazzle(dmd):
 def brighter(dmd):
     "A constant push at the image"
     grads = dmd.image_grads
-    def pushed(x, cond=None): g, log = grads(x, cond); return {k: v-0.05 for k, v in g.items()}, log
+    def pushed(x, cond=None):
+        g, log = grads(x, cond)
+        return {k: v-0.05 for k, v in g.items()}, log
     dmd.image_grads = pushed
 
 
-plants = dict(nan_loss=(nan_loss, 'non-finite'), inf_gradient=(inf_gradient, 'non-finite'), **{f'weight_{n}': (bad_weight(n), 'non-finite') for n in ('G', 'fake', 'head', 'ema')},
-              stale=(stale, 'critic'), one_mode=(one_mode, 'critic'), reveal=(reveal, 'discriminator'), big_head=(big_head, 'discriminator'), dazzle=(dazzle, 'brightness'), brighter=(brighter, 'brightness'))
+plants = dict(
+    nan_loss=(nan_loss, 'non-finite'),
+    inf_gradient=(inf_gradient, 'non-finite'),
+    **{f'weight_{n}': (bad_weight(n), 'non-finite') for n in ('G', 'fake', 'head', 'ema')},
+    stale=(stale, 'critic'),
+    one_mode=(one_mode, 'critic'),
+    reveal=(reveal, 'discriminator'),
+    big_head=(big_head, 'discriminator'),
+    dazzle=(dazzle, 'brightness'),
+    brighter=(brighter, 'brightness'),
+)
 
 
 @pytest.mark.parametrize('seed', [0, 1])
@@ -90,7 +103,10 @@ def test_planted(name, seed):
     with pytest.raises(Alarm) as e:
         for log in guard.watch(train(dmd, None, 50, reals(BEFORE))): pass
     assert e.value.name == want and BEFORE < e.value.step <= dmd.step <= BEFORE+50, str(e.value)
-    assert str(e.value).startswith(f'{want} alarm at iteration {e.value.step}: ') and len(str(e.value).splitlines()) == 1
+    assert (
+        str(e.value).startswith(f'{want} alarm at iteration {e.value.step}: ')
+        and len(str(e.value).splitlines()) == 1
+    )
 
 
 @pytest.mark.parametrize('seed', [11, 12, 13])
@@ -139,10 +155,18 @@ def test_loss_scaling_is_no_alarm():
     dmd, guard, reals = toy_run(0)
     class Scaler:
         def is_enabled(self): return True
-    dmd.scaler_fake, good = Scaler(), dict(fake_loss=torch.tensor(1.), x_mean=torch.tensor(0.), x_std=torch.tensor(1.))
-    for i in range(20): dmd.step += 1; guard.given = None; guard(good | dict(norm_fake=torch.tensor(math.inf if i % 7 == 3 else 1.)))
+    dmd.scaler_fake, good = (
+        Scaler(),
+        dict(fake_loss=torch.tensor(1.0), x_mean=torch.tensor(0.0), x_std=torch.tensor(1.0)),
+    )
+    for i in range(20):
+        dmd.step += 1
+        guard.given = None
+        guard(good | dict(norm_fake=torch.tensor(math.inf if i % 7 == 3 else 1.)))
     with pytest.raises(Alarm, match='norm_fake is inf'):
-        for i in range(60): dmd.step += 1; guard(good | dict(norm_fake=torch.tensor(math.inf)))
+        for i in range(60):
+            dmd.step += 1
+            guard(good | dict(norm_fake=torch.tensor(math.inf)))
 
 
 def test_what_is_written_shows_it_again(tmp_path):
@@ -150,11 +174,26 @@ def test_what_is_written_shows_it_again(tmp_path):
     dmd, guard, reals = toy_run(1, gan_start=0)
     def go():
         for log in guard.watch(train(dmd, None, 400, wrong(reals, 0))):
-            if dmd.step % 100 == 0: save_step(tmp_path/'state', dmd.step, lambda p: save_state(dmd, p, guard=guard.state()))
-    with pytest.raises(Alarm) as first: guarded(go, guard, tmp_path, found=lambda: steps(tmp_path/'state'), batch=lambda i: next(wrong(reals, i)))
+            if dmd.step % 100 == 0:
+                save_step(
+                    tmp_path / 'state', dmd.step, lambda p: save_state(dmd, p, guard=guard.state())
+                )
+    with pytest.raises(Alarm) as first:
+        guarded(
+            go,
+            guard,
+            tmp_path,
+            found=lambda: steps(tmp_path / 'state'),
+            batch=lambda i: next(wrong(reals, i)),
+        )
     assert f'written to {tmp_path}/alarm-{first.value.step}.json' in str(first.value)
     out = json.loads((tmp_path/f'alarm-{first.value.step}.json').read_text())
-    assert out['alarm'] == 'discriminator' and out['step'] == first.value.step and out['checkpoint'] == 'step-200' and out['seed'] == 1
+    assert (
+        out['alarm'] == 'discriminator'
+        and out['step'] == first.value.step
+        and out['checkpoint'] == 'step-200'
+        and out['seed'] == 1
+    )
     from dmd2_nb.distill import DMD2Config
     again = DMD2.from_teacher(ring(), DMD2Config.from_dict(out['config']), init=toy_net(ring(), 1))
     watcher = Guard(again, (0., ring().std), Limits(**out['limits']))
@@ -182,14 +221,26 @@ def tiny(tmp_path, monkeypatch):
     work.prepare(tmp_path)
     r = work.tiny
     monkeypatch.setattr(cli, 'PICTURES', {})
-    monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, config=replace(r.config, warmup_fake=10), iters=300, every=dict(log=10, show=0, save=40, eval=0)))
-    (tmp_path/'here').mkdir(); monkeypatch.chdir(tmp_path/'here')
+    monkeypatch.setitem(
+        recipes.RECIPES,
+        'fashion16',
+        replace(
+            r,
+            config=replace(r.config, warmup_fake=10),
+            iters=300,
+            every=dict(log=10, show=0, save=40, eval=0),
+        ),
+    )
+    (tmp_path/'here').mkdir()
+    monkeypatch.chdir(tmp_path/'here')
     def spoil(step, f, times=1):
         left, plain = [times], jobs.train
         def train(dmd, *args):
             for log in plain(dmd, *args):
                 yield log
-                if dmd.step == step and left[0]: left[0] -= 1; f(dmd)
+                if dmd.step == step and left[0]:
+                    left[0] -= 1
+                    f(dmd)
         monkeypatch.setattr(jobs, 'train', train)
     yield spoil, lambda more='': cli.main((work.commands['distill'].format(tmp_path)+more).split())
 
@@ -204,12 +255,25 @@ def test_command_stops(tiny, capsys):
     spoil(133, poison)
     assert command() == 2
     err = capsys.readouterr().err.strip()
-    assert re.fullmatch(r'dmd2_distill: non-finite alarm at iteration 13\d: .* written to runs/fashion16-1/alarm-13\d\.json', err), err
+    assert re.fullmatch(
+        r'dmd2_distill: non-finite alarm at iteration 13\d: .* written to runs/fashion16-1/alarm-13\d\.json',
+        err,
+    ), err
     run = Path('runs/fashion16-1')
     assert [p.name for p in steps(run/'state')] == ['step-120', 'step-80']
-    for p in steps(run/'state'): assert all(t.isfinite().all() for n, d in load_folder(p)[0].items() if n != 'random' for t in d.values())
+    for p in steps(run/'state'):
+        assert all(
+            t.isfinite().all()
+            for n, d in load_folder(p)[0].items()
+            if n != 'random'
+            for t in d.values()
+        )
     out = json.loads(next(run.glob('alarm-*.json')).read_text())
-    assert out['checkpoint'] == 'step-80' and out['rollbacks'] == 0 and set(read_tensors(run/out['batch'])[0]) == {'0', '1', '2'}  # conditions, images, their labels
+    assert (
+        out['checkpoint'] == 'step-80'
+        and out['rollbacks'] == 0
+        and set(read_tensors(run / out['batch'])[0]) == {'0', '1', '2'}
+    )  # conditions, images, their labels
     assert command() == 0 and (run/'metrics.json').exists()
 
 
@@ -224,7 +288,11 @@ def test_command_goes_back(tiny, capsys):
     state = load_folder(steps(run/'state')[0])[1]
     assert state['extra']['rollbacks'] == 1
     base = json.loads((run/'config.json').read_text())['config']
-    assert [g['base_lr'] for g in state['groups']['opt_g']+state['groups']['opt_fake']] == [base['lr_g']/2, base['lr_fake']/2, base['lr_head']/2]
+    assert [g['base_lr'] for g in state['groups']['opt_g'] + state['groups']['opt_fake']] == [
+        base['lr_g'] / 2,
+        base['lr_fake'] / 2,
+        base['lr_head'] / 2,
+    ]
     rows = [int(o.split(',')[0]) for o in (run/'log.csv').read_text().splitlines()[1:]]
     assert rows == list(range(10, 301, 10))
 
@@ -253,10 +321,19 @@ def test_nothing_broken_is_saved(tiny, capsys):
         dmd.fake_step = broken
     spoil(137, plant)
     assert command(' --save-every 6') == 2
-    assert 'non-finite alarm at iteration 138: weights of head are not finite' in capsys.readouterr().err
+    assert (
+        'non-finite alarm at iteration 138: weights of head are not finite'
+        in capsys.readouterr().err
+    )
     kept = steps(Path('runs/fashion16-1/state'))
     assert [p.name for p in kept] == ['step-132', 'step-126']
-    for p in kept: assert all(t.isfinite().all() for n, d in load_folder(p)[0].items() if n != 'random' for t in d.values())
+    for p in kept:
+        assert all(
+            t.isfinite().all()
+            for n, d in load_folder(p)[0].items()
+            if n != 'random'
+            for t in d.values()
+        )
 
 
 def test_teacher_does_not_save_what_is_broken(tmp_path):
@@ -265,9 +342,13 @@ def test_teacher_does_not_save_what_is_broken(tmp_path):
     check_weights(dict(net=net), 1)
     for bad in (math.nan, math.inf, -math.inf):
         with torch.no_grad(): list(net.parameters())[-1].view(-1)[-1] = bad
-        with pytest.raises(Alarm, match='weights of net are not finite'): check_weights(dict(net=net), 1)
+        with pytest.raises(Alarm, match='weights of net are not finite'):
+            check_weights(dict(net=net), 1)
 
 
 def test_nothing_hides_a_nan(root):
     "No `nan_to_num`, no skipped check, in any module"
-    for p in (root/'dmd2_nb').rglob('*.py'): assert not re.search(r'nan_to_num|nanmean|nansum|isnan\([^)]*\)\] *=', p.read_text(encoding='utf-8')), p.name
+    for p in (root/'dmd2_nb').rglob('*.py'):
+        assert not re.search(
+            r'nan_to_num|nanmean|nansum|isnan\([^)]*\)\] *=', p.read_text(encoding='utf-8')
+        ), p.name

@@ -21,7 +21,9 @@ def test_there_are_good_runs():
 @pytest.mark.parametrize('name', good)
 def test_left_out(name):
     "Judged by the others of its recipe alone"
-    h = health(good[name], bands([rows for n, rows in good_logs(kind_of(name)).items() if n != name]))
+    h = health(
+        good[name], bands([rows for n, rows in good_logs(kind_of(name)).items() if n != name])
+    )
     assert h.ok, f'\n{h}'
     assert sum(s.value is not None for s in h) >= 5 and all(s.text for s in h)
 
@@ -48,14 +50,23 @@ def test_each_signal(name, change):
     "Each one alone is noticed, with its own sentence, and no other"
     h = {s.name: s for s in health(altered(change), kind='toy')}
     assert [n for n, s in h.items() if not s.ok] == [name]
-    assert h[name].text.rpartition(': ')[0] in SIGNALS[name][0]+': ' + h[name].text and h[name].low < h[name].high
+    assert (
+        h[name].text.rpartition(': ')[0] in SIGNALS[name][0] + ': ' + h[name].text
+        and h[name].low < h[name].high
+    )
 
 
 def test_short_and_foreign_logs(tmp_path):
     "A log without a column says so; one that has just begun has no values; a run's folder will do"
-    bare = [{k: v for k, v in o.items() if k not in ('critic_lag', 'ema_dist')} for o in good['toy_0']]
+    bare = [
+        {k: v for k, v in o.items() if k not in ('critic_lag', 'ema_dist')} for o in good['toy_0']
+    ]
     h = {s.name: s for s in health(bare)}
-    assert h['critic_lag'].value is None and 'not in this log' in h['critic_lag'].text and h['critic_lag'].ok
+    assert (
+        h['critic_lag'].value is None
+        and 'not in this log' in h['critic_lag'].text
+        and h['critic_lag'].ok
+    )
     assert signals([]) == {} and signals(good['toy_0'][:2]) == {}
     (tmp_path/'log.csv').write_bytes(data_path('runs/good/toy_0.csv').read_bytes())
     assert [s.value for s in health(tmp_path)] == [s.value for s in health(good['toy_0'])]
@@ -64,14 +75,24 @@ def test_short_and_foreign_logs(tmp_path):
 def test_recipes_have_bands_of_their_own(tmp_path):
     "An emoji run is not judged by garments; what its logs lack comes from all; a run's folder tells which recipe it is"
     emoji = good['emoji32_p1']
-    assert not health(emoji, kind='fashion16').ok and health(emoji, kind='emoji32').ok and health(emoji).ok
-    assert health(emoji, kind='emoji32').kind == 'emoji32' and 'good runs of emoji32' in str(health(emoji, kind='emoji32'))
+    assert (
+        not health(emoji, kind='fashion16').ok
+        and health(emoji, kind='emoji32').ok
+        and health(emoji).ok
+    )
+    assert health(emoji, kind='emoji32').kind == 'emoji32' and 'good runs of emoji32' in str(
+        health(emoji, kind='emoji32')
+    )
     own, every = bands(kind='emoji32'), bands()
-    assert own['grad_ratio'] != every['grad_ratio'] and {k for k in SIGNALS if own[k] == every[k]} == {k for k in SIGNALS if not any(k in signals(o) for o in good_logs('emoji32').values())}
+    assert own['grad_ratio'] != every['grad_ratio'] and {
+        k for k in SIGNALS if own[k] == every[k]
+    } == {k for k in SIGNALS if not any(k in signals(o) for o in good_logs('emoji32').values())}
     assert bands(kind='never seen') == every and health(emoji, kind='never seen').kind == ''
     (tmp_path/'log.csv').write_bytes(data_path('runs/good/emoji32_p1.csv').read_bytes())
     (tmp_path/'config.json').write_text('{"data": "emoji32"}')
-    assert health(tmp_path).kind == 'emoji32' and [s.low for s in health(tmp_path)] == [own[k][0] for k in own]
+    assert health(tmp_path).kind == 'emoji32' and [s.low for s in health(tmp_path)] == [
+        own[k][0] for k in own
+    ]
 
 
 def test_a_log_is_added(tmp_path):
@@ -79,18 +100,29 @@ def test_a_log_is_added(tmp_path):
     import sys
     sys.path.insert(0, str(data_path('make_health_runs.py').parent))
     from make_health_runs import add
-    (tmp_path/'run').mkdir(); (tmp_path/'good').mkdir()
+    (tmp_path/'run').mkdir()
+    (tmp_path/'good').mkdir()
     (tmp_path/'run'/'log.csv').write_bytes(data_path('runs/fashion16_1step.csv').read_bytes())
-    for source in (tmp_path/'run', tmp_path/'run'/'log.csv', f"{data_path('runs/emoji32_sweep.csv')}:p2"): add(tmp_path, 'x', source)
+    for source in (
+        tmp_path / 'run',
+        tmp_path / 'run' / 'log.csv',
+        f"{data_path('runs/emoji32_sweep.csv')}:p2",
+    ):
+        add(tmp_path, 'x', source)
     assert sorted(p.name for p in (tmp_path/'good').iterdir()) == ['x_1.csv', 'x_2.csv', 'x_p2.csv']
-    assert signals(read_log(tmp_path/'good'/'x_1.csv')) == signals(good['fashion16_1step']) and signals(read_log(tmp_path/'good'/'x_p2.csv')) == signals(good['emoji32_p2'])
+    assert signals(read_log(tmp_path / 'good' / 'x_1.csv')) == signals(
+        good['fashion16_1step']
+    ) and signals(read_log(tmp_path / 'good' / 'x_p2.csv')) == signals(good['emoji32_p2'])
     (tmp_path/'short.csv').write_text('step,dmd_loss\n1,2\n')
     with pytest.raises(SystemExit, match='too few'): add(tmp_path, 'x', tmp_path/'short.csv')
 
 
 def test_stop_rule():
     "Stops only after so many evaluations without progress beyond the error; the best is named"
-    rows = [dict(step=i, kid=v, kid_se=0.01) for i, v in enumerate([1., .5, .3, .2, .195, .197, .193, .1], 1)]
+    rows = [
+        dict(step=i, kid=v, kid_se=0.01)
+        for i, v in enumerate([1.0, 0.5, 0.3, 0.2, 0.195, 0.197, 0.193, 0.1], 1)
+    ]
     assert [stop_rule(rows[:i])['stop'] for i in range(1, 9)] == [False]*6+[True, False]
     assert stop_rule(rows[:7]) == dict(stop=True, best=4, value=.2, since=3)
     assert stop_rule(rows, patience=9)['best'] == 8

@@ -36,11 +36,21 @@ def one_line(match, f, *args, kind=ValueError, **kw):
 
 def test_fuzz(tmp_path):
     "Thousands of mutated pickles: nothing executed, imported or written, one clear error each, and the memory stays small"
-    r = subprocess.run([sys.executable, str(Path(__file__).parent/'_fuzz_work.py'), str(tmp_path), str(N)], capture_output=True, text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    r = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / '_fuzz_work.py'), str(tmp_path), str(N)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
+    )
     assert not r.returncode, r.stderr[-2000:]  # a crash would show here
     out = json.loads(r.stdout)
     assert out['n'] == N >= 2000 and out['control'] >= 4
-    assert out['harm'] == {} and out['new_modules'] == [] and out['files'] == ['broken.pkl', 'seed.pkl']
+    assert (
+        out['harm'] == {}
+        and out['new_modules'] == []
+        and out['files'] == ['broken.pkl', 'seed.pkl']
+    )
     assert out['n_wrong'] == 0, out['wrong']
     assert min(out['ends'].get(k, 0) for k in ('read', 'refused', 'damaged')) > N/50
     assert out['peak_mib'] < 1024 and out['growth_mib'] < 100 and out['slowest'] < 10
@@ -50,16 +60,33 @@ def test_no_module_executes_pickles(root):
     "Nowhere in the package or the data scripts"
     for p in [*(root/'dmd2_nb').rglob('*.py'), *(root/'data').glob('*.py')]:
         text = p.read_text(encoding='utf-8')
-        assert not re.search(r'pickle\.loads?\(|weights_only *= *False|allow_pickle *= *True|Unpickler', text), p.name
+        assert not re.search(
+            r'pickle\.loads?\(|weights_only *= *False|allow_pickle *= *True|Unpickler', text
+        ), p.name
 
 
-def grow(item, times): return b'(c_codecs\nencode\nq\x00X' + struct.pack('<I', len(item)) + item + b'X\x06\x00\x00\x00latin1\x86q\x01' + b'h\x00h\x01R'*times + b'l.'
+def grow(item, times):
+    return (
+        b'(c_codecs\nencode\nq\x00X'
+        + struct.pack('<I', len(item))
+        + item
+        + b'X\x06\x00\x00\x00latin1\x86q\x01'
+        + b'h\x00h\x01R' * times
+        + b'l.'
+    )
 
 
 bombs = {
-    'a megabyte copied a thousand times': lambda: grow(b'a'*2**20, 1000),
-    'a list made a set again and again': lambda: b'(c__builtin__\nset\nq\x00' + b']q\x01(' + b'K\x01'*200_000 + b'e\x85q\x02' + b'h\x00h\x02R'*1000 + b'l.',
-    'too many instructions': lambda: b'(' + b'\x8f'*(MAX_OPS+5) + b'l.',
+    'a megabyte copied a thousand times': lambda: grow(b'a' * 2**20, 1000),
+    'a list made a set again and again': lambda: (
+        b'(c__builtin__\nset\nq\x00'
+        + b']q\x01('
+        + b'K\x01' * 200_000
+        + b'e\x85q\x02'
+        + b'h\x00h\x02R' * 1000
+        + b'l.'
+    ),
+    'too many instructions': lambda: b'(' + b'\x8f' * (MAX_OPS + 5) + b'l.',
     'a tensor turned and copied': lambda: turned(2000),
 }
 
@@ -68,11 +95,18 @@ def turned(times):
     "A pickle that asks for the transpose of one tensor again and again"
     import io
     t = torch.zeros(512, 512)
-    b = io.BytesIO(); torch.save(t.untyped_storage() if False else torch.zeros(512*512)._typed_storage(), b, _use_new_zipfile_serialization=False)
+    b = io.BytesIO()
+    torch.save(
+        t.untyped_storage() if False else torch.zeros(512 * 512)._typed_storage(),
+        b,
+        _use_new_zipfile_serialization=False,
+    )
     raw = b.getvalue()
     storage = b'ctorch.storage\n_load_from_bytes\nB' + struct.pack('<I', len(raw)) + raw + b'\x85R'
     args = b'(' + storage + b'K\x00(M\x00\x02M\x00\x02t(K\x01M\x00\x02t\x89}tq\x01'
-    return b'ctorch._utils\n_rebuild_tensor_v2\nq\x000' + args + b'0(' + b'h\x00h\x01R'*times + b'l.'
+    return (
+        b'ctorch._utils\n_rebuild_tensor_v2\nq\x000' + args + b'0(' + b'h\x00h\x01R' * times + b'l.'
+    )
 
 
 @pytest.mark.parametrize('name', bombs)
@@ -89,7 +123,9 @@ def test_pickle_bombs(name):
 def test_headers(tmp_path):
     "A header of absurd length, a length beyond the file, tensors beyond it, shapes that overflow: refused, nothing allocated"
     f = tmp_path/'a.safetensors'
-    def header(d, n=None): b = json.dumps(d).encode(); f.write_bytes(struct.pack('<Q', len(b) if n is None else n)+b+b'\0'*16)
+    def header(d, n=None):
+        b = json.dumps(d).encode()
+        f.write_bytes(struct.pack('<Q', len(b) if n is None else n)+b+b'\0'*16)
     good = dict(w=dict(dtype='F32', shape=[4], data_offsets=[0, 16]))
     header(good)
     assert read_tensors(f)[0]['w'].shape == (4,)
@@ -100,25 +136,43 @@ def test_headers(tmp_path):
     for n in (0, 1, 7, len(json.dumps(good))+99):
         header(good, n)
         one_line('a.safetensors is damaged', read_tensors, f)
-    for w in (dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42]), dict(dtype='F32', shape=[4], data_offsets=[0, 2**62]), dict(dtype='F32', shape=[2**33, 2**33], data_offsets=[0, 16]),
-              dict(dtype='F32', shape=[-4], data_offsets=[0, 16]), dict(dtype='OBJECT', shape=[4], data_offsets=[0, 16])):
+    for w in (
+        dict(dtype='F32', shape=[2**40], data_offsets=[0, 2**42]),
+        dict(dtype='F32', shape=[4], data_offsets=[0, 2**62]),
+        dict(dtype='F32', shape=[2**33, 2**33], data_offsets=[0, 16]),
+        dict(dtype='F32', shape=[-4], data_offsets=[0, 16]),
+        dict(dtype='OBJECT', shape=[4], data_offsets=[0, 16]),
+    ):
         header(dict(w=w))
         one_line('a.safetensors is damaged', read_tensors, f)
 
 
 D = EDMPrecond(ToyNet(width=8))
 greedy = {
-    'a network as large as a disk': dict(net='ToyNet', args=dict(width=60_000, depth=2)), 'more blocks than tensors': dict(net='ToyNet', args=dict(width=8, depth=5000)),
-    'a number beyond all': dict(net='ToyNet', args=dict(width=2**40)), 'not a number': dict(net='ToyNet', args=dict(width=float('nan'))), 'a deep list': dict(net='UNet', args=dict(img_resolution=8, channels=[4]*1000)),
-    'an object': dict(net='ToyNet', args=dict(width=dict(a=1))), 'arguments of none': dict(net='ToyNet', args=dict(widht=8)), 'no arguments': dict(net='ToyNet'), 'a module': dict(net='os.system', args={}),
-    'a list for a name': dict(net=['ToyNet'], args={}), 'a text for a level': dict(net='ToyNet', args=dict(width=8), sigma_data='0.5'), 'a list': [1, 2], 'a number': 7,
+    'a network as large as a disk': dict(net='ToyNet', args=dict(width=60_000, depth=2)),
+    'more blocks than tensors': dict(net='ToyNet', args=dict(width=8, depth=5000)),
+    'a number beyond all': dict(net='ToyNet', args=dict(width=2**40)),
+    'not a number': dict(net='ToyNet', args=dict(width=float('nan'))),
+    'a deep list': dict(net='UNet', args=dict(img_resolution=8, channels=[4] * 1000)),
+    'an object': dict(net='ToyNet', args=dict(width=dict(a=1))),
+    'arguments of none': dict(net='ToyNet', args=dict(widht=8)),
+    'no arguments': dict(net='ToyNet'),
+    'a module': dict(net='os.system', args={}),
+    'a list for a name': dict(net=['ToyNet'], args={}),
+    'a text for a level': dict(net='ToyNet', args=dict(width=8), sigma_data='0.5'),
+    'a list': [1, 2],
+    'a number': 7,
 }
 
 
 @pytest.mark.parametrize('name', greedy)
 def test_denoiser_config(name, tmp_path):
     "The config inside a weights file: nothing is built that the file's tensors don't fill"
-    save_file({k: v.contiguous() for k, v in D.state_dict().items()}, tmp_path/'a.safetensors', metadata=dict(denoiser=json.dumps(greedy[name])))
+    save_file(
+        {k: v.contiguous() for k, v in D.state_dict().items()},
+        tmp_path / 'a.safetensors',
+        metadata=dict(denoiser=json.dumps(greedy[name])),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     text = one_line('a.safetensors', load_denoiser, tmp_path/'a.safetensors')
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024 < 300, text
@@ -126,15 +180,31 @@ def test_denoiser_config(name, tmp_path):
 
 def test_classifier_config(tmp_path):
     for config in (dict(channels=10**6), dict(size=3), [1], dict(channels='many')):
-        save_file(dict(w=torch.zeros(1)), tmp_path/'c.safetensors', metadata=dict(classifier=json.dumps(config)))
+        save_file(
+            dict(w=torch.zeros(1)),
+            tmp_path / 'c.safetensors',
+            metadata=dict(classifier=json.dumps(config)),
+        )
         one_line('c.safetensors', small_classifier, tmp_path/'c.safetensors')
 
 
 def test_metadata_that_would_be_arguments(tmp_path):
     "Names in a file's metadata become no arguments of ours"
-    for meta in (dict(levels=[1., 2.]), dict(levels='80'), dict(levels=[80.], G='x'), dict(levels=[80.], self=1), dict(levels=[float('nan')]), dict(levels=[])):
-        save_file({k: v.contiguous() for k, v in D.state_dict().items()}, tmp_path/'g.safetensors',
-                  metadata=dict(denoiser=json.dumps(dict(net='ToyNet', args=D.model.config)), meta=json.dumps(meta)))
+    for meta in (
+        dict(levels=[1.0, 2.0]),
+        dict(levels='80'),
+        dict(levels=[80.0], G='x'),
+        dict(levels=[80.0], self=1),
+        dict(levels=[float('nan')]),
+        dict(levels=[]),
+    ):
+        save_file(
+            {k: v.contiguous() for k, v in D.state_dict().items()},
+            tmp_path / 'g.safetensors',
+            metadata=dict(
+                denoiser=json.dumps(dict(net='ToyNet', args=D.model.config)), meta=json.dumps(meta)
+            ),
+        )
         with pytest.raises(ValueError) as e: load_generator(tmp_path/'g.safetensors')
         assert len(str(e.value).splitlines()) == 1
 
@@ -148,7 +218,9 @@ def test_config_json():
     for k, v in good.items():
         for bad in ({}, None, 'much', [[1]], True) if not isinstance(v, str) else (3, None, ['a']):
             one_line(f'config field {k} must be', DMD2Config.from_dict, good | {k: bad})
-    assert 'lr_generator, ttru' in one_line('unknown config fields', DMD2Config.from_dict, good | dict(ttru=5, lr_generator=1.))
+    assert 'lr_generator, ttru' in one_line(
+        'unknown config fields', DMD2Config.from_dict, good | dict(ttru=5, lr_generator=1.0)
+    )
     for bad in ([], 'config', 3, None): one_line('a config is a dict', DMD2Config.from_dict, bad)
     one_line('ttur must be a whole number, got 2.5', DMD2Config.from_dict, good | dict(ttur=2.5))
     one_line('unknown config field', checked, Limits, {'x'*10_000: 1})
@@ -162,7 +234,11 @@ def test_checkpoint_config(tmp_path):
     save_state(dmd, tmp_path/'s')
     state = json.loads((tmp_path/'s'/'state.json').read_text())
     state.pop('sha256')
-    for change, word in ((dict(config=state['config'] | dict(trur=3)), 'unknown config field: trur'), (dict(config=state['config'] | dict(ttur='5')), 'ttur must be a whole number'), (dict(config=7), 'a config is a dict')):
+    for change, word in (
+        (dict(config=state['config'] | dict(trur=3)), 'unknown config field: trur'),
+        (dict(config=state['config'] | dict(ttur='5')), 'ttur must be a whole number'),
+        (dict(config=7), 'a config is a dict'),
+    ):
         (tmp_path/'s'/'state.json').write_text(json.dumps(state | change))
         one_line(word, load_state, dmd, tmp_path/'s')
 
@@ -175,10 +251,16 @@ def scripts(root, monkeypatch): monkeypatch.syspath_prepend(str(root/'data'))
 
 def png(w, h):
     "A grey picture of one colour: a few bytes for any size"
-    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    def chunk(kind, data):
+        return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
     row = zlib.compressobj(9)
     data = row.compress(b'\0'*(w+1)*h)+row.flush()
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0))+chunk(b'IDAT', data)+chunk(b'IEND', b'')
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0))
+        + chunk(b'IDAT', data)
+        + chunk(b'IEND', b'')
+    )
 
 
 def archive(path, entries, labels=None):
@@ -190,7 +272,11 @@ def archive(path, entries, labels=None):
 
 @pytest.mark.parametrize('name', ['../out.png', '/etc/out.png', 'a/../../out.png', '..\\out.png', 'C:out.png', 'a/b/../../../out.png'])
 def test_zip_traversal(name, tmp_path):
-    one_line('unsafe entry name', ImageZip, archive(tmp_path/'a.zip', {'ok.png': png(4, 4), name: png(4, 4)}))
+    one_line(
+        'unsafe entry name',
+        ImageZip,
+        archive(tmp_path / 'a.zip', {'ok.png': png(4, 4), name: png(4, 4)}),
+    )
     assert [p.name for p in tmp_path.iterdir()] == ['a.zip']
 
 
@@ -200,7 +286,11 @@ def test_zip_bombs(tmp_path):
     z = ImageZip(archive(tmp_path/'many.zip', {f'{i:04d}.png': one for i in range(120)}))
     assert os.path.getsize(tmp_path/'many.zip') < 10**7
     one_line('many.zip unpacks to 1,920,000,000 bytes.*decompression bomb', in_memory, z)
-    one_line('not a usable image|over the limit', ImageZip, archive(tmp_path/'wide.zip', {'a.png': png(20_000, 20_000)}))
+    one_line(
+        'not a usable image|over the limit',
+        ImageZip,
+        archive(tmp_path / 'wide.zip', {'a.png': png(20_000, 20_000)}),
+    )
     one_line('over the limit', ImageZip, archive(tmp_path/'fat.zip', {'a.png': b'\0'*(2**28+1)}))
 
 
@@ -210,7 +300,9 @@ def test_labels_name_no_files(tmp_path):
     (tmp_path/'set').mkdir()
     (tmp_path/'set'/'a.png').write_bytes(png(4, 4))
     for name in ('../secret.png', str(tmp_path/'secret.png')):
-        (tmp_path/'set'/'dataset.json').write_text(json.dumps(dict(labels=[['a.png', 0], [name, 1]])))
+        (tmp_path / 'set' / 'dataset.json').write_text(
+            json.dumps(dict(labels=[['a.png', 0], [name, 1]]))
+        )
         one_line('labels without an image', ImageZip, tmp_path/'set')
 
 

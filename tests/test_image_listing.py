@@ -11,7 +11,16 @@ from dmd2_nb.assets import data_path
 from dmd2_nb.features import check_images
 from dmd2_nb.fid import clip_score
 from dmd2_nb.image_files import ImageLMDB, ImageZip, folder_images, open_image, prepare
-from dmd2_nb.images import CLASS_NAMES, Drawn, drawn_rows, fashion16, in_memory, npz_images, open_images, to_uint8
+from dmd2_nb.images import (
+    CLASS_NAMES,
+    Drawn,
+    drawn_rows,
+    fashion16,
+    in_memory,
+    npz_images,
+    open_images,
+    to_uint8,
+)
 from dmd2_nb.jobs import open_data, open_teacher
 from dmd2_nb.recipes import recipe
 from dmd2_nb.system.image_labels import array_labels
@@ -47,19 +56,27 @@ def by_folder(files): return {n.split('/')[0]: int(l) for n, l in zip(files.name
     ['a', 'a1', 'a2b1', 'a2b10', 'a10', 'b'], ['n01440764', 'n01443537', 'n15075141'], ['1'*300, '2'*300, '1'*5000]])
 def test_natural_order(names):
     assert sorted(reversed(names), key=natural) == names
-    assert sorted([f'{n}/x.png' for n in reversed(names)], key=natural) == [f'{n}/x.png' for n in names]
+    assert sorted([f'{n}/x.png' for n in reversed(names)], key=natural) == [
+        f'{n}/x.png' for n in names
+    ]
 
 
 def test_folders_by_number(tmp_path):
     files = folder_images(classes(tmp_path, [str(i) for i in range(12)]), say=None)
-    assert by_folder(files) == {str(i): i for i in range(12)} and files.class_names == tuple(map(str, range(12)))
+    assert by_folder(files) == {str(i): i for i in range(12)} and files.class_names == tuple(
+        map(str, range(12))
+    )
     assert files.pixels(range(12))[:, 0, 0, 0].tolist() == list(range(12))
 
 
 def test_a_zip_has_the_same_order(tmp_path):
     for i in range(12): picture(tmp_path/'s'/f'img{i}.png', i)
     p = zipped(tmp_path/'s', tmp_path/'a.zip', dict(labels=[[f'img{i}.png', i] for i in range(12)]))
-    assert ImageZip(p).labels.tolist() == list(range(12)) == folder_images(tmp_path/'s').pixels(range(12))[:, 0, 0, 0].tolist()
+    assert (
+        ImageZip(p).labels.tolist()
+        == list(range(12))
+        == folder_images(tmp_path / 's').pixels(range(12))[:, 0, 0, 0].tolist()
+    )
 
 
 def test_pictures_go_with_their_prompts(tmp_path):
@@ -67,8 +84,10 @@ def test_pictures_go_with_their_prompts(tmp_path):
     for i in range(12): picture(tmp_path/f'{i}.png', 20*i)
     class See:
         batch, name = 4, 'mean'
-        def __call__(self, x): return torch.cat([x.float().mean((2, 3))[:, :1], torch.ones(len(x), 1)], 1)
-        def text(self, prompts): return torch.tensor([[20.*int(p.split()[-1]), 1.] for p in prompts])
+        def __call__(self, x):
+            return torch.cat([x.float().mean((2, 3))[:, :1], torch.ones(len(x), 1)], 1)
+        def text(self, prompts):
+            return torch.tensor([[20.*int(p.split()[-1]), 1.] for p in prompts])
     mean, _ = clip_score(tmp_path, [f'number {i}' for i in range(12)], See())
     assert mean == pytest.approx(1.)
 
@@ -89,14 +108,18 @@ def test_imagenet_is_prepared_as_edm_does(tmp_path):
     for kind in (('n01440764', 'n03000684'), ('fish', 'saw')):
         for k in kind:
             (tmp_path/kind[0]/k).mkdir(parents=True)
-            for i in (2, 10): Image.fromarray(half).save(tmp_path/kind[0]/k/f'{k}_{i}.png', exif=exif)
+            for i in (2, 10):
+                Image.fromarray(half).save(tmp_path/kind[0]/k/f'{k}_{i}.png', exif=exif)
             picture(tmp_path/kind[0]/k/f'{k}_1.png', 40+10*kind.index(k))
         z = ImageZip(prepare(tmp_path/kind[0], tmp_path/f'{kind[0]}.zip', 8))
         made[kind[0]] = z.pixels(range(6))[:, 0, 0, 0].tolist()
         assert z.class_names == kind and z.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert made == dict(n01440764=[40, 255, 255, 50, 255, 255], fish=[40, 0, 0, 50, 0, 0])
     picture(tmp_path/'n01440764'/'n01440764'/'n01440764_02.png', 90)
-    assert ImageZip(prepare(tmp_path/'n01440764', tmp_path/'b.zip', 8)).pixels([0])[0, 0, 0, 0] == 90, 'order of text'
+    assert (
+        ImageZip(prepare(tmp_path / 'n01440764', tmp_path / 'b.zip', 8)).pixels([0])[0, 0, 0, 0]
+        == 90
+    ), 'order of text'
 
 
 # -- what counts, and what is said --
@@ -109,18 +132,30 @@ def test_rubbish(name, tmp_path, capsys):
     picture(p) if name.endswith('.png') else p.write_bytes(b'x')
     files = folder_images(tmp_path/'s')
     assert by_folder(files) == dict(cat=0, dog=1) and len(files) == 2
-    assert capsys.readouterr().out == f"{tmp_path/'s'}: 2 images of 2 classes (cat: 1, dog: 1); left out: 1 hidden\n"
-    z = ImageZip(zipped(tmp_path/'s', tmp_path/'a.zip', dict(labels=[['cat/x.png', 0], ['dog/x.png', 1]])))
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 's'}: 2 images of 2 classes (cat: 1, dog: 1); left out: 1 hidden\n"
+    )
+    z = ImageZip(
+        zipped(
+            tmp_path / 's', tmp_path / 'a.zip', dict(labels=[['cat/x.png', 0], ['dog/x.png', 1]])
+        )
+    )
     assert z.names == files.names and 'left out: 1 hidden' in capsys.readouterr().out
 
 
 def test_what_was_left_out_is_counted(tmp_path, capsys):
     picture(tmp_path/'a.png')
-    for n in ('b.heic', 'c.HEIC', 'd.avif', 'LICENSE', 'notes.txt', 'a.txt', 'a.json'): (tmp_path/n).write_bytes(b'x')
+    for n in ('b.heic', 'c.HEIC', 'd.avif', 'LICENSE', 'notes.txt', 'a.txt', 'a.json'):
+        (tmp_path/n).write_bytes(b'x')
     assert folder_images(tmp_path).names == ['a.png']
-    assert capsys.readouterr().out == f'{tmp_path}: left out: 2 .heic, 1 .avif, 1 .txt, 1 without an ending\n', 'captions are none'
+    assert (
+        capsys.readouterr().out
+        == f'{tmp_path}: left out: 2 .heic, 1 .avif, 1 .txt, 1 without an ending\n'
+    ), 'captions are none'
     (tmp_path/'a.png').unlink()
-    with pytest.raises(ValueError, match=r'no images .*found; left out: 2 \.heic, 2 \.txt'): folder_images(tmp_path)
+    with pytest.raises(ValueError, match=r'no images .*found; left out: 2 \.heic, 2 \.txt'):
+        folder_images(tmp_path)
     open_images('fashion16')
     assert not capsys.readouterr().out
 
@@ -150,7 +185,11 @@ def test_empty_classes_keep_their_number(tmp_path, capsys):
     files = folder_images(tmp_path)
     assert by_folder(files) == {'0': 0, '2': 2, '3': 3} and files.label_dim == 5
     said = capsys.readouterr().out
-    assert '3 images of 5 classes' in said and 'no image in 1, 4;' in said and '1 .heic, 1 .xml' in said
+    assert (
+        '3 images of 5 classes' in said
+        and 'no image in 1, 4;' in said
+        and '1 .heic, 1 .xml' in said
+    )
 
 
 @pytest.mark.parametrize('names,words', [
@@ -177,8 +216,13 @@ def test_links(tmp_path, capsys):
     (s/'dog'/'self').symlink_to('self')
     (s/'gone.png').symlink_to(tmp_path/'nowhere.png')
     files = folder_images(s)
-    assert files.names == ['cat/x.png', 'dog/x.png', 'kitten/x.png'] and files.pixels(range(3))[:, 0, 0, 0].tolist() == [0, 1, 0]
-    assert 'left out: 2 broken link, 1 link to a folder that is listed already' in capsys.readouterr().out
+    assert files.names == ['cat/x.png', 'dog/x.png', 'kitten/x.png'] and files.pixels(range(3))[
+        :, 0, 0, 0
+    ].tolist() == [0, 1, 0]
+    assert (
+        'left out: 2 broken link, 1 link to a folder that is listed already'
+        in capsys.readouterr().out
+    )
     assert len(in_memory(files)) == 3
 
 
@@ -196,7 +240,8 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
         return real(p)
     classes(tmp_path, ['cat', 'dog'])
     monkeypatch.setattr(os, 'scandir', scandir)
-    with pytest.raises(OSError, match=r'dog: this folder cannot be read \(Permission denied\)'): folder_images(tmp_path)
+    with pytest.raises(OSError, match=r'dog: this folder cannot be read \(Permission denied\)'):
+        folder_images(tmp_path)
 
 
 # -- one picture --
@@ -210,9 +255,14 @@ def test_orientation(kind, turn):
     im.paste((255, 255, 255), (0, 0, 8, 4))
     exif[0x0112] = turn
     im.save(f, kind, exif=exif)
-    with Image.open(io.BytesIO(f.getvalue())) as raw: want = np.array(ImageOps.exif_transpose(raw).convert('RGB')).astype(int)
+    with Image.open(io.BytesIO(f.getvalue())) as raw:
+        want = np.array(ImageOps.exif_transpose(raw).convert('RGB')).astype(int)
     got = np.array(open_image(f.getvalue(), 'x')).astype(int)
-    assert got.shape == want.shape and np.abs(got-want).max() < 3 and (turn < 5) == (got.shape == (8, 16, 3))
+    assert (
+        got.shape == want.shape
+        and np.abs(got - want).max() < 3
+        and (turn < 5) == (got.shape == (8, 16, 3))
+    )
 
 
 def test_broken_orientation_is_none():
@@ -235,7 +285,10 @@ def test_modes(mode, value, want):
 def test_more_than_8_bits_of_grey(mode):
     f = io.BytesIO()
     Image.new(mode, (4, 4)).save(f, 'tiff')
-    with pytest.raises(ValueError, match='deep.tif: not a usable image .mode .*only 8 bits a channel'): open_image(f.getvalue(), 'deep.tif')
+    with pytest.raises(
+        ValueError, match='deep.tif: not a usable image .mode .*only 8 bits a channel'
+    ):
+        open_image(f.getvalue(), 'deep.tif')
 
 
 def test_transparent_palette_is_white():
@@ -258,7 +311,12 @@ def npz(path, **arrays):
     (np.array([3, 1, 2], '>i4'), [3, 1, 2]), (np.eye(4)[[3, 1, 2]], [3, 1, 2]), (np.eye(4, dtype=bool)[[3, 1, 2]], [3, 1, 2]), (np.eye(4, dtype='uint8')[[3, 1, 2]], [3, 1, 2])])
 def test_npz_labels(labels, want, tmp_path):
     d = npz_images(npz(tmp_path/'a.npz', labels=labels))
-    assert d.labels.tolist() == want and d.labels.dtype == torch.int64 and d.label_dim == 4 and d.cond is None
+    assert (
+        d.labels.tolist() == want
+        and d.labels.dtype == torch.int64
+        and d.label_dim == 4
+        and d.cond is None
+    )
 
 
 def test_one_hot_knows_how_many_classes_there_are(tmp_path):
@@ -269,7 +327,12 @@ def test_one_hot_knows_how_many_classes_there_are(tmp_path):
 @pytest.mark.parametrize('rows', [[[1, 1, 0], [0, 1, 0], [0, 0, 1]], [[0, 0, 0], [0, 1, 0], [0, 0, 1]]])
 def test_multi_hot_stays_what_it_is(rows, tmp_path):
     d = open_images(npz(tmp_path/'a.npz', labels=np.array(rows)))
-    assert d.labels is None and d.conds([0, 1, 2]).tolist() == rows and d.cond.dtype == torch.float32 and d.label_dim == 3
+    assert (
+        d.labels is None
+        and d.conds([0, 1, 2]).tolist() == rows
+        and d.cond.dtype == torch.float32
+        and d.label_dim == 3
+    )
 
 
 @pytest.mark.parametrize('labels,message', [
@@ -280,23 +343,41 @@ def test_multi_hot_stays_what_it_is(rows, tmp_path):
     (np.zeros((3, 2, 2)), 'labels must be integers'), (np.array([True, False, True]), 'labels must be integers'),
     (np.array([0, 1]), '2 labels for 3 images'), (np.array(3), 'labels'), (np.zeros((2, 5)), '2 cond for 3 images')])
 def test_npz_labels_refused(labels, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as e: npz_images(npz(tmp_path/'a.npz', labels=labels))
+    with pytest.raises(ValueError, match=message) as e:
+        npz_images(npz(tmp_path/'a.npz', labels=labels))
     assert len(str(e.value)) < 600 and '\n' not in str(e.value)
 
 
 def test_the_number_of_classes_is_checked_everywhere(tmp_path):
     folder = classes(tmp_path/'s', ['cat', 'dog', 'owl'])
-    for source in (folder, npz(tmp_path/'a.npz', labels=np.array([0, 1, 2]), class_names=np.array(['cat', 'dog', 'owl'])), prepare(folder, tmp_path/'a.zip', 8)):
+    for source in (
+        folder,
+        npz(
+            tmp_path / 'a.npz',
+            labels=np.array([0, 1, 2]),
+            class_names=np.array(['cat', 'dog', 'owl']),
+        ),
+        prepare(folder, tmp_path / 'a.zip', 8),
+    ):
         assert open_images(source, classes=3).class_names == ('cat', 'dog', 'owl')
-        with pytest.raises(ValueError, match=r'has 3 classes \(cat, dog, owl\), not 10'): open_images(source, classes=10)
-    with pytest.raises(ValueError, match='label 2 is outside the 2 classes'): open_images(npz(tmp_path/'b.npz', labels=np.array([0, 1, 2])), classes=2)
+        with pytest.raises(ValueError, match=r'has 3 classes \(cat, dog, owl\), not 10'):
+            open_images(source, classes=10)
+    with pytest.raises(ValueError, match='label 2 is outside the 2 classes'):
+        open_images(npz(tmp_path/'b.npz', labels=np.array([0, 1, 2])), classes=2)
 
 
 def test_images_that_are_none(tmp_path):
-    for x, message in ((np.array('text'), 'images must be uint8'), (np.zeros((3, 8, 8, 3)), 'images must be uint8'), (np.zeros(3, 'uint8'), 'images must be'), (np.uint8(3), 'images must be')):
-        with pytest.raises(ValueError, match=f'a.npz: {message}'): npz_images(npz(tmp_path/'a.npz', images=x))
+    for x, message in (
+        (np.array('text'), 'images must be uint8'),
+        (np.zeros((3, 8, 8, 3)), 'images must be uint8'),
+        (np.zeros(3, 'uint8'), 'images must be'),
+        (np.uint8(3), 'images must be'),
+    ):
+        with pytest.raises(ValueError, match=f'a.npz: {message}'):
+            npz_images(npz(tmp_path/'a.npz', images=x))
     with zipfile.ZipFile(tmp_path/'b.npz', 'w') as z: z.writestr('images', b'no array')
-    with pytest.raises(ValueError, match="b.npz: has no 'images' or 'arr_0', only nothing"): npz_images(tmp_path/'b.npz')
+    with pytest.raises(ValueError, match="b.npz: has no 'images' or 'arr_0', only nothing"):
+        npz_images(tmp_path/'b.npz')
 
 
 def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
@@ -329,13 +410,24 @@ def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
 ])
 def test_dataset_json(text, message, tmp_path):
     for n in 'ab': picture(tmp_path/'s'/f'{n}.png')
-    with pytest.raises(ValueError, match=message) as e: ImageZip(zipped(tmp_path/'s', tmp_path/'x.zip', text))
-    assert str(tmp_path/'x.zip') in str(e.value) and len(str(e.value)) < 600 and '\n' not in str(e.value)
+    with pytest.raises(ValueError, match=message) as e:
+        ImageZip(zipped(tmp_path/'s', tmp_path/'x.zip', text))
+    assert (
+        str(tmp_path / 'x.zip') in str(e.value)
+        and len(str(e.value)) < 600
+        and '\n' not in str(e.value)
+    )
 
 
 def test_dataset_json_forms(tmp_path):
     for n in 'ab': picture(tmp_path/'s'/f'{n}.png')
-    for text, names in (('{"labels": [["./b.png", 1.0], [".\\\\a.png", 0]]}', ()), ('{"labels": [["a.png", 0], ["b.png", 1]], "classes": {"0": "cat", "1": "dog"}}', ('cat', 'dog'))):
+    for text, names in (
+        ('{"labels": [["./b.png", 1.0], [".\\\\a.png", 0]]}', ()),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1]], "classes": {"0": "cat", "1": "dog"}}',
+            ('cat', 'dog'),
+        ),
+    ):
         z = ImageZip(zipped(tmp_path/'s', tmp_path/'x.zip', text))
         assert z.labels.tolist() == [0, 1] and z.class_names == names
     (tmp_path/'s'/'dataset.json').write_bytes(b'\xef\xbb\xbf{"labels": null}')
@@ -347,15 +439,22 @@ def test_dataset_json_forms(tmp_path):
 def test_three_classes_of_imagenet(tmp_path):
     folder = classes(tmp_path/'s', ['n01440764', 'n03000684', 'n03888257'], size=64)
     for source in (folder, prepare(folder, tmp_path/'a.zip', 64)):
-        with pytest.raises(ValueError, match=r'has 3 classes \(n01440764, n03000684, n03888257\).*1,000') as e: open_data(recipe('imagenet64'), source)
+        with pytest.raises(
+            ValueError, match=r'has 3 classes \(n01440764, n03000684, n03888257\).*1,000'
+        ) as e:
+            open_data(recipe('imagenet64'), source)
         assert str(source) in str(e.value) and len(str(e.value)) < 600
 
 
 def test_numbered_classes_of_imagenet(tmp_path):
     folder = classes(tmp_path/'s', ['0', '491', '701'], size=64)
-    for source in (folder, prepare(folder, tmp_path/'a.zip', 64)): assert open_data(recipe('imagenet64'), source)[0].labels.tolist() == [0, 491, 701]
-    assert open_data(recipe('imagenet64'), classes(tmp_path/'t', ['000', '010', '0999'], size=64))[0].labels.tolist() == [0, 10, 999]
-    with pytest.raises(ValueError, match='has 2 classes'): open_data(recipe('imagenet64'), classes(tmp_path/'u', ['0', '1000'], size=64))
+    for source in (folder, prepare(folder, tmp_path/'a.zip', 64)):
+        assert open_data(recipe('imagenet64'), source)[0].labels.tolist() == [0, 491, 701]
+    assert open_data(
+        recipe('imagenet64'), classes(tmp_path / 't', ['000', '010', '0999'], size=64)
+    )[0].labels.tolist() == [0, 10, 999]
+    with pytest.raises(ValueError, match='has 2 classes'):
+        open_data(recipe('imagenet64'), classes(tmp_path/'u', ['0', '1000'], size=64))
 
 
 def test_garments_by_name(tmp_path):
@@ -369,22 +468,34 @@ def test_garments_by_name(tmp_path):
         return root
     garments = [n.replace('/', '_').title() for n in names]
     d, _ = open_data(recipe('fashion16'), folders(tmp_path/'a', garments))
-    assert d.labels.tolist() == d.images[:, 0, 0, 0].tolist() and sorted(d.labels.tolist()) == list(range(10)) and d.class_names == names
+    assert (
+        d.labels.tolist() == d.images[:, 0, 0, 0].tolist()
+        and sorted(d.labels.tolist()) == list(range(10))
+        and d.class_names == names
+    )
     assert open_teacher(recipe('fashion16'), d)[0].model.label_dim == 10
-    for k, kinds in dict(nine=garments[:9], some=[*garments[:9], 'Owl'], two=['Cat', 'Dog']).items():
+    for k, kinds in dict(
+        nine=garments[:9], some=[*garments[:9], 'Owl'], two=['Cat', 'Dog']
+    ).items():
         if k == 'nine':
             assert open_data(recipe('fashion16'), folders(tmp_path/k, kinds))[0].label_dim == 10
             continue
-        with pytest.raises(ValueError, match=f'{k}: has .* classes .*fashion16'): open_data(recipe('fashion16'), folders(tmp_path/k, kinds))
+        with pytest.raises(ValueError, match=f'{k}: has .* classes .*fashion16'):
+            open_data(recipe('fashion16'), folders(tmp_path/k, kinds))
     own, _ = open_data(recipe('fashion16'), folders(tmp_path/'own', 'abcdefghij'))
     assert own.class_names == tuple('abcdefghij')
-    with pytest.raises(ValueError, match=r'own: has classes of its own \(a, b, c and 7 more\), fashion16_teacher.safetensors knows'): open_teacher(recipe('fashion16'), own)
+    with pytest.raises(
+        ValueError,
+        match=r'own: has classes of its own \(a, b, c and 7 more\), fashion16_teacher.safetensors knows',
+    ):
+        open_teacher(recipe('fashion16'), own)
 
 
 def test_the_layout_demo_keeps_its_numbers():
     "Labels without names are the network's own numbers"
     data, _ = open_data(recipe('imagenet64'), data_path('imagenet64_layout_demo.zip'))
-    with zipfile.ZipFile(data_path('imagenet64_layout_demo.zip')) as z: want = json.loads(z.read('dataset.json'))['labels']
+    with zipfile.ZipFile(data_path('imagenet64_layout_demo.zip')) as z:
+        want = json.loads(z.read('dataset.json'))['labels']
     assert data.labels.tolist() == [l for _, l in sorted(want)] and data.label_dim == 1000
 
 
@@ -396,9 +507,17 @@ def test_a_subset_is_drawn(tmp_path, capsys):
     by_class = x.subset(order)
     assert len(by_class.labels[:500].unique()) == 1
     d = Drawn(by_class, 500)
-    assert len(d.conds(range(500)).unique()) == 10 and len(set(d.rows.tolist())) == 500 and torch.equal(d.rows, Drawn(by_class, 500).rows)
-    assert not torch.equal(d.rows, Drawn(by_class, 500, seed=1).rows) and torch.equal(d.pixels([3]), by_class.images[d.rows[3:4]])
-    assert d.words('a') == 'a: 500 of 6,000 images, drawn with seed 0' and not Drawn(by_class, 9999).words('a')
+    assert (
+        len(d.conds(range(500)).unique()) == 10
+        and len(set(d.rows.tolist())) == 500
+        and torch.equal(d.rows, Drawn(by_class, 500).rows)
+    )
+    assert not torch.equal(d.rows, Drawn(by_class, 500, seed=1).rows) and torch.equal(
+        d.pixels([3]), by_class.images[d.rows[3:4]]
+    )
+    assert d.words('a') == 'a: 500 of 6,000 images, drawn with seed 0' and not Drawn(
+        by_class, 9999
+    ).words('a')
     assert drawn_rows(5, 9).tolist() == list(range(5)) == drawn_rows(5).tolist()
 
 
@@ -438,7 +557,11 @@ def test_floats_from_0_to_1_are_noticed():
 def test_no_picture_of_what_is_not_finite(bad, tmp_path):
     x = torch.zeros(5, 3, 4, 4)
     x[3, 1, 2, 2] = bad
-    with pytest.raises(ValueError, match=r'samples: has 1 (NaN|infinite) of 240 numbers, the first at \(3, 1, 2, 2\)'): to_uint8(x, 'samples')
+    with pytest.raises(
+        ValueError,
+        match=r'samples: has 1 (NaN|infinite) of 240 numbers, the first at \(3, 1, 2, 2\)',
+    ):
+        to_uint8(x, 'samples')
     for dtype in (torch.float16, torch.bfloat16): pytest.raises(ValueError, to_uint8, x.to(dtype))
     assert to_uint8(torch.tensor([[[[-9., 1.]]]])).tolist() == [[[[0, 255]]]]
 
@@ -457,14 +580,23 @@ def test_lmdb_twice(tmp_path):
     lmdb = pytest.importorskip('lmdb')
     env = lmdb.open(str(tmp_path/'x'), map_size=2**20)
     with env.begin(write=True) as t:
-        for k, v in {'images_shape': b'2 1 2 2', 'labels_shape': b'2', 'images_0_data': bytes(4), 'images_1_data': b'\7'*4, 'labels_0_data': np.int64(0).tobytes(), 'labels_1_data': np.int64(1).tobytes()}.items(): t.put(k.encode(), v)
+        for k, v in {
+            'images_shape': b'2 1 2 2',
+            'labels_shape': b'2',
+            'images_0_data': bytes(4),
+            'images_1_data': b'\7' * 4,
+            'labels_0_data': np.int64(0).tobytes(),
+            'labels_1_data': np.int64(1).tobytes(),
+        }.items():
+            t.put(k.encode(), v)
     env.close()
     a, b, c = ImageLMDB(tmp_path/'x'), ImageLMDB(tmp_path/'x'), open_images(tmp_path/'x'/'data.mdb')
     del a
     for o in (b, c): assert o.pixels([1]).unique().item() == 7 and o.labels.tolist() == [0, 1]
     assert len(in_memory(b)) == 2
     (tmp_path/'empty').mkdir()
-    with pytest.raises(ValueError, match='empty: not a readable LMDB .no data.mdb'): ImageLMDB(tmp_path/'empty')
+    with pytest.raises(ValueError, match='empty: not a readable LMDB .no data.mdb'):
+        ImageLMDB(tmp_path/'empty')
 
 
 def test_lmdb_latents_twice(tmp_path):
@@ -472,7 +604,10 @@ def test_lmdb_latents_twice(tmp_path):
     from dmd2_nb.sdxl.data import LMDBLatents
     env = lmdb.open(str(tmp_path/'x'), map_size=2**20)
     with env.begin(write=True) as t:
-        for k, v in dict(latents_shape=b'1 4 2 2', latents_0_data=bytes(32), prompts_0_data=b'a cat').items(): t.put(k.encode(), v)
+        for k, v in dict(
+            latents_shape=b'1 4 2 2', latents_0_data=bytes(32), prompts_0_data=b'a cat'
+        ).items():
+            t.put(k.encode(), v)
     env.close()
     both = LMDBLatents(tmp_path/'x'), LMDBLatents(str(tmp_path/'x'/'data.mdb'))
     for o in both: assert o[0][1] == 'a cat' and o[0][0].shape == (4, 2, 2)

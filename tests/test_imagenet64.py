@@ -22,14 +22,29 @@ demo = str(data_path('imagenet64_layout_demo.zip'))
 
 def tiny():
     torch.manual_seed(0)
-    return EDMPrecond(ADMUNet(img_resolution=64, label_dim=1000, model_channels=8, num_blocks=1, channel_mult=(1, 1, 1, 1), channel_mult_emb=2, attn_resolutions=(), dropout=0.))
+    return EDMPrecond(
+        ADMUNet(
+            img_resolution=64,
+            label_dim=1000,
+            model_channels=8,
+            num_blocks=1,
+            channel_mult=(1, 1, 1, 1),
+            channel_mult_emb=2,
+            attn_resolutions=(),
+            dropout=0.0,
+        )
+    )
 
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp('imagenet64')
     save_denoiser(tiny(), folder/'teacher.safetensors')
-    torch.save({f'real_unet.{k}': v for k, v in tiny().state_dict().items()} | {f'fake_unet.{k}': v for k, v in tiny().state_dict().items()}, folder/'pytorch_model_1.bin')
+    torch.save(
+        {f'real_unet.{k}': v for k, v in tiny().state_dict().items()}
+        | {f'fake_unet.{k}': v for k, v in tiny().state_dict().items()},
+        folder / 'pytorch_model_1.bin',
+    )
     torch.manual_seed(1)
     f = torch.randn(3000, 1280)
     Stats.of_features(f, lite0().name).save(folder/'stats.npz')
@@ -37,8 +52,32 @@ def files(tmp_path_factory):
 
 
 def run(files, *args):
-    return cli.distill_main(['imagenet64', '--teacher', str(files/'teacher.safetensors'), '--data', demo, '--features', 'lite0', '--reference', str(files/'stats.npz'),
-                             '--out', str(files/'runs'), '--batch', '2', '--iters', '2', '--eval-n', '8', '--device', 'cpu', '--set', 'dtype=float32', *args])
+    return cli.distill_main(
+        [
+            'imagenet64',
+            '--teacher',
+            str(files / 'teacher.safetensors'),
+            '--data',
+            demo,
+            '--features',
+            'lite0',
+            '--reference',
+            str(files / 'stats.npz'),
+            '--out',
+            str(files / 'runs'),
+            '--batch',
+            '2',
+            '--iters',
+            '2',
+            '--eval-n',
+            '8',
+            '--device',
+            'cpu',
+            '--set',
+            'dtype=float32',
+            *args,
+        ]
+    )
 
 
 @pytest.mark.filterwarnings('ignore:8 images for 1280 features')
@@ -47,11 +86,35 @@ def test_from_the_shell(files, monkeypatch, capsys):
     monkeypatch.setattr(cli, 'PICTURES', {})
     assert run(files, '--name', 'one', '--keep-state') == 0, capsys.readouterr().err
     m = json.loads((files/'runs/one/metrics.json').read_text())
-    assert list(m['rows']) == ['real', 'start', 'generator', 'best of 1, chosen by frechet'] and m['rows']['generator']['n'] == 8 and m['g_updates'] == 1
+    assert (
+        list(m['rows']) == ['real', 'start', 'generator', 'best of 1, chosen by frechet']
+        and m['rows']['generator']['n'] == 8
+        and m['g_updates'] == 1
+    )
     assert 'generator' in capsys.readouterr().out
     config = json.loads((files/'runs/one/config.json').read_text())['config']
-    assert (config['lr_g'], config['ttur'], config['gan_g'], config['levels']) == (2e-6, 5, 3e-3, [80.])
-    assert cli.distill_main(['imagenet64-resume', '--teacher', str(files/'teacher.safetensors'), '--data', demo, '--device', 'cpu', '--features', 'lite0']) == 2
+    assert (config['lr_g'], config['ttur'], config['gan_g'], config['levels']) == (
+        2e-6,
+        5,
+        3e-3,
+        [80.0],
+    )
+    assert (
+        cli.distill_main(
+            [
+                'imagenet64-resume',
+                '--teacher',
+                str(files / 'teacher.safetensors'),
+                '--data',
+                demo,
+                '--device',
+                'cpu',
+                '--features',
+                'lite0',
+            ]
+        )
+        == 2
+    )
     assert '--begin' in capsys.readouterr().err
 
 
@@ -63,7 +126,9 @@ def test_first_networks_come_from_the_earlier_run(files, tmp_path):
     save_folder(tmp_path/'run'/'state', dict(generator=other.state_dict(), fake=T.state_dict()), {})
     G, fake = first_networks(recipe('imagenet64-resume'), T, tmp_path/'run')
     assert all(torch.equal(a, b) for a, b in zip(G.parameters(), other.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(fake.parameters(), T.parameters())) and all(p.requires_grad for p in fake.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(fake.parameters(), T.parameters())) and all(
+        p.requires_grad for p in fake.parameters()
+    )
     with pytest.raises(FileNotFoundError): first_networks(recipe('imagenet64-resume'), T, tmp_path)
 
 
@@ -78,7 +143,10 @@ def test_first_networks_come_from_the_earlier_run(files, tmp_path):
 def test_refusals(files, tmp_path, capsys, args, words):
     "One line, exit code 2, and nothing left behind"
     args = [str(files/'teacher.safetensors') if a == 'T' else a for a in args]
-    assert cli.distill_main(['imagenet64', *args, '--out', str(tmp_path/'runs'), '--device', 'cpu']) == 2
+    assert (
+        cli.distill_main(['imagenet64', *args, '--out', str(tmp_path / 'runs'), '--device', 'cpu'])
+        == 2
+    )
     err = capsys.readouterr().err.strip()
     assert words in err and '\n' not in err and not (tmp_path/'runs').exists()
 
@@ -91,17 +159,31 @@ def test_reference_is_for_statistics(tmp_path, capsys):
 def test_labels_outside_the_classes():
     from dataclasses import replace
     data = in_memory(open_images(demo))
-    with pytest.raises(ValueError, match='outside the 1000 classes'): replace(data, labels=data.labels+1000-data.labels.max(), class_names=recipe('imagenet64').classes)
+    with pytest.raises(ValueError, match='outside the 1000 classes'):
+        replace(
+            data,
+            labels=data.labels + 1000 - data.labels.max(),
+            class_names=recipe('imagenet64').classes,
+        )
 
 
 def test_every_class_equally_often():
-    data = ImageData(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10), class_names=tuple('abcdefghij'))
+    data = ImageData(
+        torch.zeros(10, 3, 2, 2, dtype=torch.uint8),
+        torch.arange(10),
+        class_names=tuple('abcdefghij'),
+    )
     assert balanced_conds(data, 25).bincount().tolist() == [3]*5 + [2]*5
 
 
 def test_configs():
     "The published numbers, once more and apart from the lesson"
-    assert set(RECIPES) == {'imagenet64', 'imagenet64-pretrain', 'imagenet64-resume', 'imagenet64-fastgen'}
+    assert set(RECIPES) == {
+        'imagenet64',
+        'imagenet64-pretrain',
+        'imagenet64-resume',
+        'imagenet64-fastgen',
+    }
     assert [r.iters for r in RECIPES.values()] == [200_000, 410_000, 140_000, 480_000]
     with pytest.raises(ValueError, match='one run'): imagenet64_config('resume', 'fastgen')
     with pytest.raises(ValueError, match='scratch, pretrain, resume'): imagenet64_config('long')
@@ -110,4 +192,6 @@ def test_configs():
 def test_fastgen_score_keeps_the_teachers_names():
     T = tiny()
     fake = FastGenScore.of(T)
-    assert list(fake.state_dict()) == list(T.state_dict()) and not {id(p) for p in fake.parameters()} & {id(p) for p in T.parameters()}
+    assert list(fake.state_dict()) == list(T.state_dict()) and not {
+        id(p) for p in fake.parameters()
+    } & {id(p) for p in T.parameters()}

@@ -10,21 +10,35 @@ from PIL import Image
 
 from dmd2_nb.assets import data_path
 from dmd2_nb.image_files import ImageLMDB, ImageZip, center_crop, folder_images, open_image, prepare
-from dmd2_nb.images import ImageData, emoji32, fashion16, image_batches, in_memory, load_arrays, npz_images, open_images
+from dmd2_nb.images import (
+    ImageData,
+    emoji32,
+    fashion16,
+    image_batches,
+    in_memory,
+    load_arrays,
+    npz_images,
+    open_images,
+)
 
 DEMO = data_path('imagenet64_layout_demo.zip')
 
 
 def png(size=8, mode='RGB', value=120):
     f = io.BytesIO()
-    Image.new(mode, (size, size) if isinstance(size, int) else size, value if mode in ('L', 'I;16') else (value,)*len(mode)).save(f, 'png')
+    Image.new(
+        mode,
+        (size, size) if isinstance(size, int) else size,
+        value if mode in ('L', 'I;16') else (value,) * len(mode),
+    ).save(f, 'png')
     return f.getvalue()
 
 
 def make_zip(path, entries, labels='auto', kind=zipfile.ZIP_DEFLATED):
     with zipfile.ZipFile(path, 'w', kind) as z:
         for k, v in entries.items(): z.writestr(k, v)
-        if labels == 'auto': labels = json.dumps(dict(labels=[[k, i] for i, k in enumerate(entries)]))
+        if labels == 'auto':
+            labels = json.dumps(dict(labels=[[k, i] for i, k in enumerate(entries)]))
         if labels is not None: z.writestr('dataset.json', labels)
     return path
 
@@ -68,7 +82,9 @@ def test_labels(tmp_path, labels, message):
 def test_label_forms(tmp_path):
     two = {'a.png': png(), 'b.png': png()}
     assert ImageZip(make_zip(tmp_path/'n.zip', two, '{"labels": null}')).conds([0, 1]) is None
-    z = ImageZip(make_zip(tmp_path/'v.zip', two, '{"labels": [["b.png", [0, 1]], ["a.png", [1, 0]]]}'))
+    z = ImageZip(
+        make_zip(tmp_path / 'v.zip', two, '{"labels": [["b.png", [0, 1]], ["a.png", [1, 0]]]}')
+    )
     assert z.conds([0, 1]).tolist() == [[1., 0.], [0., 1.]] and z.label_dim == 2
     d = in_memory(z)
     assert d.cond.shape == (2, 2) and d.labels is None
@@ -76,7 +92,8 @@ def test_label_forms(tmp_path):
 
 @pytest.mark.parametrize('name', ['../a.png', '/etc/a.png', 'x/../../a.png', 'C:/a.png', 'x\\..\\a.png'])
 def test_traversal(tmp_path, name):
-    with pytest.raises(ValueError, match='unsafe entry name'): ImageZip(make_zip(tmp_path/'x.zip', {name: png()}))
+    with pytest.raises(ValueError, match='unsafe entry name'):
+        ImageZip(make_zip(tmp_path/'x.zip', {name: png()}))
 
 
 def test_entry_bomb(tmp_path):
@@ -91,7 +108,8 @@ def test_pixel_bomb(tmp_path):
         f = io.BytesIO()
         Image.new('1', (side, side)).save(f, 'png')
         assert len(f.getvalue()) < 2**20
-        with pytest.raises(ValueError, match=f'big.png: .*{message}'): open_image(f.getvalue(), 'big.png')
+        with pytest.raises(ValueError, match=f'big.png: .*{message}'):
+            open_image(f.getvalue(), 'big.png')
 
 
 def test_npz_bomb(tmp_path):
@@ -137,9 +155,14 @@ def test_npz_adm_layout(tmp_path):
     x = np.random.RandomState(0).randint(0, 256, (5, 4, 6, 3)).astype('uint8')
     np.savez(tmp_path/'x.npz', arr_0=x, arr_1=np.arange(5))
     d = open_images(tmp_path/'x.npz')
-    assert d.shape == (3, 4, 6) and (d.images.numpy() == x.transpose(0, 3, 1, 2)).all() and d.label_dim == 5
+    assert (
+        d.shape == (3, 4, 6)
+        and (d.images.numpy() == x.transpose(0, 3, 1, 2)).all()
+        and d.label_dim == 5
+    )
     (tmp_path/'cut.npz').write_bytes((tmp_path/'x.npz').read_bytes()[:-40])
-    with pytest.raises(ValueError, match='cut.npz: not a readable npz'): open_images(tmp_path/'cut.npz')
+    with pytest.raises(ValueError, match='cut.npz: not a readable npz'):
+        open_images(tmp_path/'cut.npz')
     with pytest.raises(FileNotFoundError, match='none.npz'): npz_images(tmp_path/'none.npz')
 
 
@@ -148,10 +171,12 @@ def test_folder(tmp_path):
     with pytest.raises(ValueError, match='no images'): folder_images(tmp_path)
     (tmp_path/'a.png').write_bytes(png(8))
     (tmp_path/'b.png').write_bytes(png(8, 'L'))
-    with pytest.raises(ValueError, match=r'b.png is \(1, 8, 8\)'): folder_images(tmp_path).pixels([0, 1])
+    with pytest.raises(ValueError, match=r'b.png is \(1, 8, 8\)'):
+        folder_images(tmp_path).pixels([0, 1])
     assert folder_images(tmp_path, size=4).pixels([0, 1]).shape == (2, 3, 4, 4)
     (tmp_path/'b.png').write_text('not an image')
-    with pytest.raises(ValueError, match='b.png: not a usable image'): folder_images(tmp_path).pixels([1])
+    with pytest.raises(ValueError, match='b.png: not a usable image'):
+        folder_images(tmp_path).pixels([1])
 
 
 def test_image_modes():
@@ -171,8 +196,12 @@ def test_folder_layout_equals_zip(tmp_path):
 def write_lmdb(path, x, y, **change):
     lmdb = pytest.importorskip('lmdb')
     env = lmdb.open(str(path), map_size=2**24)
-    items = dict(images_shape=' '.join(map(str, x.shape)).encode(), labels_shape=' '.join(map(str, y.shape)).encode())
-    for i in range(len(x)): items |= {f'images_{i}_data': x[i].tobytes(), f'labels_{i}_data': y[i].tobytes()}
+    items = dict(
+        images_shape=' '.join(map(str, x.shape)).encode(),
+        labels_shape=' '.join(map(str, y.shape)).encode(),
+    )
+    for i in range(len(x)):
+        items |= {f'images_{i}_data': x[i].tobytes(), f'labels_{i}_data': y[i].tobytes()}
     with env.begin(write=True) as t:
         for k, v in (items | change).items():
             if v is not None: t.put(k.encode(), v)
@@ -183,7 +212,11 @@ def write_lmdb(path, x, y, **change):
 def test_lmdb(tmp_path):
     x, y = np.random.RandomState(0).randint(0, 256, (6, 3, 4, 4)).astype('uint8'), np.arange(6)
     d = open_images(write_lmdb(tmp_path/'ok', x, y), classes=10)
-    assert d.shape == (3, 4, 4) and (d.pixels([1, 5]).numpy() == x[[1, 5]]).all() and d.conds([1, 5]).tolist() == [1, 5]
+    assert (
+        d.shape == (3, 4, 4)
+        and (d.pixels([1, 5]).numpy() == x[[1, 5]]).all()
+        and d.conds([1, 5]).tolist() == [1, 5]
+    )
     assert torch.equal(in_memory(d).images, torch.from_numpy(x))
     xb, yb = next(image_batches(d, 4, workers=2))
     assert torch.equal(((xb+1)*127.5).round().byte(), torch.from_numpy(x[yb]))
@@ -218,13 +251,24 @@ def test_prepare(tmp_path):
     r = random.Random(0)
     for k in ('n02', 'n01'):
         (tmp_path/'src'/k).mkdir(parents=True)
-        for i in range(3): Image.effect_noise((r.randint(20, 40), r.randint(20, 40)), 60).save(tmp_path/'src'/k/f'{i}.JPEG', 'jpeg')
+        for i in range(3):
+            Image.effect_noise((r.randint(20, 40), r.randint(20, 40)), 60).save(
+                tmp_path / 'src' / k / f'{i}.JPEG', 'jpeg'
+            )
     z = ImageZip(prepare(tmp_path/'src', tmp_path/'o'/'x.zip', 16), classes=2)
-    assert z.shape == (3, 16, 16) and z.labels.tolist() == [0]*3+[1]*3 and z.names[4] == '00000/img00000004.png'
+    assert (
+        z.shape == (3, 16, 16)
+        and z.labels.tolist() == [0] * 3 + [1] * 3
+        and z.names[4] == '00000/img00000004.png'
+    )
     (tmp_path/'src'/'n01'/'1.JPEG').write_bytes(b'\xff\xd8broken')
-    with pytest.raises(ValueError, match='1.JPEG: not a usable image'): prepare(tmp_path/'src', tmp_path/'o'/'y.zip', 16)
-    assert sorted(o.name for o in (tmp_path/'o').iterdir()) == ['x.zip'], 'nothing half written stays'
-    with pytest.raises(ValueError, match="method 'bilinear'"): center_crop(Image.new('RGB', (9, 9)), 4, 'bilinear')
+    with pytest.raises(ValueError, match='1.JPEG: not a usable image'):
+        prepare(tmp_path/'src', tmp_path/'o'/'y.zip', 16)
+    assert sorted(o.name for o in (tmp_path / 'o').iterdir()) == ['x.zip'], (
+        'nothing half written stays'
+    )
+    with pytest.raises(ValueError, match="method 'bilinear'"):
+        center_crop(Image.new('RGB', (9, 9)), 4, 'bilinear')
 
 
 def test_center_crop_keeps_the_centre():
@@ -264,13 +308,16 @@ def test_bad_batches():
 def test_worker_error_arrives(tmp_path):
     (tmp_path/'a.png').write_bytes(png(8))
     (tmp_path/'b.png').write_bytes(png(9))
-    with pytest.raises(ValueError, match='b.png'): next(image_batches(folder_images(tmp_path), 2, workers=2))
+    with pytest.raises(ValueError, match='b.png'):
+        next(image_batches(folder_images(tmp_path), 2, workers=2))
 
 
 def test_holdout_is_reproducible():
     e = emoji32()
     a, b = e.holdout(0.1, seed=1)[1], e.holdout(0.1, seed=1)[1]
-    assert torch.equal(a.concepts, b.concepts) and not torch.equal(a.concepts, e.holdout(0.1, seed=2)[1].concepts)
+    assert torch.equal(a.concepts, b.concepts) and not torch.equal(
+        a.concepts, e.holdout(0.1, seed=2)[1].concepts
+    )
     with pytest.raises(ValueError, match='frac'): e.holdout(1.5)
 
 
@@ -278,4 +325,5 @@ def test_image_data_checks():
     x = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
     for bad in (x[0], torch.zeros(3, 2, 4, 4, dtype=torch.uint8)):
         with pytest.raises(ValueError, match='images must be'): ImageData(bad)
-    with pytest.raises(ValueError, match='2 labels for 3 images'): ImageData(x, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='2 labels for 3 images'):
+        ImageData(x, torch.tensor([0, 1]))

@@ -32,10 +32,14 @@ def images(n=40, side=32):
 def test_the_same_values(n, sizes, tmp_path):
     "Trees of one to three levels, short and long values, keys that are not there"
     r = random.Random(n)
-    items = {f'{r.randrange(10**6)}_{"x"*r.randrange(40)}'.encode(): os.urandom(r.choice(sizes)) for _ in range(n)}
+    items = {
+        f'{r.randrange(10**6)}_{"x" * r.randrange(40)}'.encode(): os.urandom(r.choice(sizes))
+        for _ in range(n)
+    }
     db = LMDB(database(tmp_path/'x', items))
     for k, v in items.items(): assert db.get(k) == v
-    for k in (b'', b'0', b'zzz', b'5', *[k+b'!' for k in list(items)[:20]]): assert db.get(k) is None or k in items
+    for k in (b'', b'0', b'zzz', b'5', *[k+b'!' for k in list(items)[:20]]):
+        assert db.get(k) is None or k in items
     assert LMDB(tmp_path/'x'/'data.mdb').get(b'zzz') is None, 'twice, and by the file'
 
 
@@ -57,8 +61,11 @@ def test_a_download_that_was_cut_short(share, tmp_path):
     file = database(tmp_path/'x', images())/'data.mdb'
     raw = file.read_bytes()
     file.write_bytes(raw[:int(share*len(raw))])
-    with pytest.raises(ValueError, match=r'not a readable LMDB \(.*') as e: in_memory(ImageLMDB(tmp_path/'x'))
-    assert str(tmp_path/'x') in str(e.value) and len(str(e.value)) < 600 and '\n' not in str(e.value)
+    with pytest.raises(ValueError, match=r'not a readable LMDB \(.*') as e:
+        in_memory(ImageLMDB(tmp_path/'x'))
+    assert (
+        str(tmp_path / 'x') in str(e.value) and len(str(e.value)) < 600 and '\n' not in str(e.value)
+    )
 
 
 def test_damage_is_one_line(tmp_path):
@@ -94,9 +101,15 @@ def test_a_circle_of_pages(tmp_path):
 
 
 def test_no_database(tmp_path):
-    for name, data, why in (('empty', b'', 'it is empty'), ('text', b'a cat\n'*2000, 'does not begin as one'), ('short', b'\0'*30, 'cut short'), ('zeros', bytes(9000), 'does not begin as one')):
+    for name, data, why in (
+        ('empty', b'', 'it is empty'),
+        ('text', b'a cat\n' * 2000, 'does not begin as one'),
+        ('short', b'\0' * 30, 'cut short'),
+        ('zeros', bytes(9000), 'does not begin as one'),
+    ):
         (tmp_path/f'{name}.mdb').write_bytes(data)
-        with pytest.raises(ValueError, match=f'{name}.mdb: not a readable LMDB .*{why}'): open_images(tmp_path/f'{name}.mdb')
+        with pytest.raises(ValueError, match=f'{name}.mdb: not a readable LMDB .*{why}'):
+            open_images(tmp_path/f'{name}.mdb')
     for o in (ImageLMDB, LMDBLatents):
         with pytest.raises(FileNotFoundError, match='gone: no such file'): o(tmp_path/'gone')
         with pytest.raises(ValueError, match='no data.mdb in it'): o(tmp_path)

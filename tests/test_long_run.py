@@ -4,14 +4,28 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='memory is read from /proc')
+pytestmark = pytest.mark.skipif(
+    not Path('/proc/self/statm').exists(), reason='memory is read from /proc'
+)
 nightly = pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1')
 
 
 def long(tmp_path, n, warm, **changes):
     "What _long_work.py saw"
-    r = subprocess.run([sys.executable, str(Path(__file__).parent/'_long_work.py'), str(n), str(warm), str(tmp_path), json.dumps(changes)], capture_output=True, text=True, timeout=3600,
-                       env=os.environ | dict(OMP_NUM_THREADS='1'))
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / '_long_work.py'),
+            str(n),
+            str(warm),
+            str(tmp_path),
+            json.dumps(changes),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
+    )
     assert not r.returncode, r.stderr[-2000:]
     return json.loads(r.stdout)
 
@@ -33,8 +47,28 @@ def test_logger_cost(tmp_path):
 
 def test_watching_cost(tmp_path):
     "Guard, log and dashboard together, in a run in the plane whose iterations take 3 ms: measured 2 %, and not half as much again; the median over blocks"
-    r = subprocess.run([sys.executable, str(Path(__file__).parent/'gpu_guard_cost.py'), '--recipe', 'toy', '--device', 'cpu', '--length', '150', '--rounds', '9', '--check', '60', '--out', str(tmp_path)],
-                       capture_output=True, text=True, timeout=1200, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    r = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / 'gpu_guard_cost.py'),
+            '--recipe',
+            'toy',
+            '--device',
+            'cpu',
+            '--length',
+            '150',
+            '--rounds',
+            '9',
+            '--check',
+            '60',
+            '--out',
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env=os.environ | dict(OMP_NUM_THREADS='1'),
+    )
     assert not r.returncode, r.stderr[-2000:]
     out = json.loads((tmp_path/'guard_cost.json').read_text())['toy cpu']
     assert out['same_weights'] and 0.001 < out['share']['guard'] < 0.03, out

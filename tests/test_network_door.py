@@ -3,7 +3,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmd2_nb.sdxl.adapter import SDXL_UNET, TINY_SD15, TINY_SDXL, CondUNet, EpsDenoiser, FlowDenoiser, VDenoiser, make_unet, sdxl_sigmas
+from dmd2_nb.sdxl.adapter import (
+    SDXL_UNET,
+    TINY_SD15,
+    TINY_SDXL,
+    CondUNet,
+    EpsDenoiser,
+    FlowDenoiser,
+    VDenoiser,
+    make_unet,
+    sdxl_sigmas,
+)
 from dmd2_nb.sdxl.conditioning import encode_prompts, tiny_text_encoders
 
 REFINER = TINY_SDXL | dict(cross_attention_dim=32, projection_class_embeddings_input_dim=32+5*8)
@@ -20,8 +30,20 @@ def test_config(kw, word):
 
 
 def test_full_refiner_and_the_networks_that_fit():
-    refiner = SDXL_UNET | dict(block_out_channels=(384, 768, 1536, 1536), cross_attention_dim=1280, projection_class_embeddings_input_dim=2560, attention_head_dim=(6, 12, 24, 24), transformer_layers_per_block=4,
-                               down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'))
+    refiner = SDXL_UNET | dict(
+        block_out_channels=(384, 768, 1536, 1536),
+        cross_attention_dim=1280,
+        projection_class_embeddings_input_dim=2560,
+        attention_head_dim=(6, 12, 24, 24),
+        transformer_layers_per_block=4,
+        down_block_types=(
+            'DownBlock2D',
+            'CrossAttnDownBlock2D',
+            'CrossAttnDownBlock2D',
+            'DownBlock2D',
+        ),
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    )
     with pytest.raises(ValueError, match='refiner'): EpsDenoiser(make_unet(refiner, device='meta'))
     for config in (SDXL_UNET, TINY_SDXL, TINY_SD15): EpsDenoiser(make_unet(config, device='meta'))
     for c in (3, 16): EpsDenoiser(make_unet(device='meta', in_channels=c, out_channels=c))
@@ -41,15 +63,23 @@ def test_conditions_of_another_model():
     c = encode_prompts(tiny_text_encoders(), ['a cat'], 64)
     x, s = torch.randn(1, 4, 8, 8), sdxl_sigmas([999]).float()
     assert EpsDenoiser(make_unet(sample_size=8))(x, s, c).shape == x.shape
-    for kw, word in ((dict(projection_class_embeddings_input_dim=72), r'numbers beside the timestep of 72, got 80 \(32 of the pooled text and 6 time ids of 8\).*refiner'),
-                     (dict(cross_attention_dim=32), 'a text with a width of 32, got 64'), (dict(projection_class_embeddings_input_dim=96), 'of 96, got 80')):
+    for kw, word in (
+        (
+            dict(projection_class_embeddings_input_dim=72),
+            r'numbers beside the timestep of 72, got 80 \(32 of the pooled text and 6 time ids of 8\).*refiner',
+        ),
+        (dict(cross_attention_dim=32), 'a text with a width of 32, got 64'),
+        (dict(projection_class_embeddings_input_dim=96), 'of 96, got 80'),
+    ):
         D = EpsDenoiser(make_unet(sample_size=8, **kw))
         for call in (D, D.encode):
             with pytest.raises(ValueError, match=word): call(x, s, c)
     D = EpsDenoiser(make_unet(sample_size=8))
     with pytest.raises(ValueError, match='samples with channels of 4, got 3'): D(x[:, :3], s, c)
-    with pytest.raises(ValueError, match='wants text_embeds and time_ids'): D(x, s, torch.zeros(1, 7, 64))
-    with pytest.raises(ValueError, match='width of 32, got 64'): EpsDenoiser(make_unet(TINY_SD15, sample_size=8))(x, s, torch.zeros(1, 7, 64))
+    with pytest.raises(ValueError, match='wants text_embeds and time_ids'):
+        D(x, s, torch.zeros(1, 7, 64))
+    with pytest.raises(ValueError, match='width of 32, got 64'):
+        EpsDenoiser(make_unet(TINY_SD15, sample_size=8))(x, s, torch.zeros(1, 7, 64))
 
 
 @pytest.mark.parametrize('bad', [(-1,), (999.5,), (1000,), (float('nan'),), (float('inf'),), (999, 249.001), [-0.5], torch.tensor([1000]), 'all', [None], -1])
@@ -60,7 +90,8 @@ def test_timesteps(bad):
 
 def test_timesteps_that_are_right():
     full = sdxl_sigmas()
-    for good in ([999, 0], (999., 0.), torch.tensor([999, 0]), torch.tensor([999., 0.])): assert torch.equal(sdxl_sigmas(good), full[[999, 0]])
+    for good in ([999, 0], (999., 0.), torch.tensor([999, 0]), torch.tensor([999., 0.])):
+        assert torch.equal(sdxl_sigmas(good), full[[999, 0]])
     assert sdxl_sigmas(399) == full[399]
 
 
@@ -74,15 +105,23 @@ def test_v_prediction_is_noticed(tmp_path):
         p.scheduler = EulerDiscreteScheduler.from_config(p.scheduler.config, prediction_type=kind)
         p.save_pretrained(tmp_path/kind)
         at = tmp_path/kind
-        opened = [UNet2DConditionModel.from_pretrained(at/'unet'), UNet2DConditionModel.from_pretrained(at, subfolder='unet'),
-                  load_dmd2_unet(at/'unet', TINY_SDXL), load_dmd2_unet(at/'unet'/'diffusion_pytorch_model.safetensors', TINY_SDXL)]
-        right, wrong = (VDenoiser, EpsDenoiser) if kind == 'v_prediction' else (EpsDenoiser, VDenoiser)
+        opened = [
+            UNet2DConditionModel.from_pretrained(at / 'unet'),
+            UNet2DConditionModel.from_pretrained(at, subfolder='unet'),
+            load_dmd2_unet(at / 'unet', TINY_SDXL),
+            load_dmd2_unet(at / 'unet' / 'diffusion_pytorch_model.safetensors', TINY_SDXL),
+        ]
+        right, wrong = (
+            (VDenoiser, EpsDenoiser) if kind == 'v_prediction' else (EpsDenoiser, VDenoiser)
+        )
         for u in opened:
             right(u)
-            with pytest.raises(ValueError, match=f'predicts {kind}: take {right.__name__}'): wrong(u)
+            with pytest.raises(ValueError, match=f'predicts {kind}: take {right.__name__}'):
+                wrong(u)
         for source in (at, at/'unet'):
             check_start(right(make_unet()), source)
-            with pytest.raises(ValueError, match='cannot be mixed'): check_start(wrong(make_unet()), source)
+            with pytest.raises(ValueError, match='cannot be mixed'):
+                check_start(wrong(make_unet()), source)
 
 
 def test_files_are_mended_when_they_are_opened(tmp_path):
@@ -90,7 +129,10 @@ def test_files_are_mended_when_they_are_opened(tmp_path):
     unet = make_unet(sample_size=8)
     c = encode_prompts(tiny_text_encoders(), ['a cat'], 64)
     x, s = torch.randn(1, 4, 8, 8), sdxl_sigmas([999]).float()
-    for name, cast, dtype in (('eight', lambda k, v: v.to(torch.float8_e4m3fn), torch.bfloat16), ('mixed', lambda k, v: v if 'conv_in' in k else v.bfloat16(), torch.float32)):
+    for name, cast, dtype in (
+        ('eight', lambda k, v: v.to(torch.float8_e4m3fn), torch.bfloat16),
+        ('mixed', lambda k, v: v if 'conv_in' in k else v.bfloat16(), torch.float32),
+    ):
         tensors = {k: cast(k, v) for k, v in unet.state_dict().items()}
         save_file(tensors, tmp_path/f'{name}.safetensors')
         torch.save(tensors, tmp_path/f'{name}.bin', _use_new_zipfile_serialization=False)
@@ -99,7 +141,10 @@ def test_files_are_mended_when_they_are_opened(tmp_path):
             assert {p.dtype for p in u.parameters()} == {dtype}
             for k, v in u.state_dict().items(): assert torch.equal(v.float(), tensors[k].float())
             assert EpsDenoiser(u)(x, s, c).isfinite().all()
-        assert {p.dtype for p in load_dmd2_unet(f, TINY_SDXL | dict(sample_size=8), torch.float16).parameters()} == {torch.float16}
+        assert {
+            p.dtype
+            for p in load_dmd2_unet(f, TINY_SDXL | dict(sample_size=8), torch.float16).parameters()
+        } == {torch.float16}
 
 
 @pytest.mark.parametrize('kw, word', [(dict(in_channels=9), 'inpainting'), (dict(block_out_channels=(64, 128, 128)), 'another width: 2 times'), (dict(cross_attention_dim=32), 'misshapen')])
@@ -107,6 +152,9 @@ def test_files_of_other_networks(kw, word, tmp_path):
     from dmd2_nb.sdxl.adapt import check_start
     from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
     make_unet(**kw).save_pretrained(tmp_path/'u', max_shard_size='500KB')
-    for call in (lambda: load_dmd2_unet(tmp_path/'u', TINY_SDXL), lambda: check_start(EpsDenoiser(make_unet()), tmp_path/'u')):
+    for call in (
+        lambda: load_dmd2_unet(tmp_path / 'u', TINY_SDXL),
+        lambda: check_start(EpsDenoiser(make_unet()), tmp_path / 'u'),
+    ):
         with pytest.raises(ValueError, match=word) as e: call()
         assert len(str(e.value)) <= 600

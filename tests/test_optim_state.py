@@ -12,10 +12,22 @@ from dmd2_nb.unet import ADMUNet
 def run(layout, graph=False):
     "A small run on images, its rates as tensors where a graph would want them so"
     torch.manual_seed(1)
-    net = EDMPrecond(ADMUNet(8, label_dim=3, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(), dropout=0.)).to(memory_format=layout)
+    net = EDMPrecond(
+        ADMUNet(
+            8,
+            label_dim=3,
+            model_channels=16,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            attn_resolutions=(),
+            dropout=0.0,
+        )
+    ).to(memory_format=layout)
     with torch.no_grad():
         for p in net.parameters(): p.add_(0.05*torch.randn_like(p))
-    dmd = DMD2.from_teacher(net, DMD2Config(dtype='float32', batch=4, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3))
+    dmd = DMD2.from_teacher(
+        net, DMD2Config(dtype='float32', batch=4, ttur=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3)
+    )
     if graph:
         for o in (dmd.opt_g, dmd.opt_fake):
             o.defaults['foreach'] = False
@@ -31,7 +43,14 @@ def go(dmd, n):
     return [float(o['fake_loss']) for o in train(dmd, conds(), n, reals())]
 
 
-def moments(dmd): return [(p, o.state[p][k]) for o in (dmd.opt_g, dmd.opt_fake) for g in o.param_groups for p in g['params'] for k in ('exp_avg', 'exp_avg_sq')]
+def moments(dmd):
+    return [
+        (p, o.state[p][k])
+        for o in (dmd.opt_g, dmd.opt_fake)
+        for g in o.param_groups
+        for p in g['params']
+        for k in ('exp_avg', 'exp_avg_sq')
+    ]
 
 
 def test_channels_last_and_rates(tmp_path):
@@ -43,7 +62,9 @@ def test_channels_last_and_rates(tmp_path):
         rates = [g['lr'] for g in b.opt_fake.param_groups]
         for r in rates: r.fill_(7.)
         load_state(b, tmp_path/str(layout))
-        assert all(g['lr'] is r for g, r in zip(b.opt_fake.param_groups, rates)) and [r.item() for r in rates] == [g['lr'].item() for g in a.opt_fake.param_groups]
+        assert all(g['lr'] is r for g, r in zip(b.opt_fake.param_groups, rates)) and [
+            r.item() for r in rates
+        ] == [g['lr'].item() for g in a.opt_fake.param_groups]
         kernels = [(p, v) for p, v in moments(b) if p.ndim == 4 and p.shape[2] > 1]
         assert len(kernels) > 20 and all(v.stride() == p.stride() for p, v in kernels)
         assert any(not p.is_contiguous() for p, _ in kernels) == (layout == torch.channels_last)
@@ -57,11 +78,21 @@ def test_places_of_a_recorded_run(tmp_path):
     save_state(dmd, tmp_path/'0')
     first = go(dmd, 4)
     save_state(dmd, tmp_path/'4')
-    where = {(id(p), k): v.data_ptr() for o in (dmd.opt_g, dmd.opt_fake) for p, s in o.state.items() for k, v in s.items()}
+    where = {
+        (id(p), k): v.data_ptr()
+        for o in (dmd.opt_g, dmd.opt_fake)
+        for p, s in o.state.items()
+        for k, v in s.items()
+    }
     on = go(dmd, 3)
     for name, n, want in (('4', 3, on), ('0', 4, first)):
         load_state(dmd, tmp_path/name)
-        assert {(id(p), k): v.data_ptr() for o in (dmd.opt_g, dmd.opt_fake) for p, s in o.state.items() for k, v in s.items()} == where
+        assert {
+            (id(p), k): v.data_ptr()
+            for o in (dmd.opt_g, dmd.opt_fake)
+            for p, s in o.state.items()
+            for k, v in s.items()
+        } == where
         assert go(dmd, n) == want
 
 
@@ -69,12 +100,17 @@ def test_unlike_optimisers(tmp_path):
     "A weight that was never updated has no averages, before and after; another number of weights is refused"
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     opt = torch.optim.AdamW(net.parameters())
-    net[1](torch.randn(4, 3)).sum().backward(); opt.step()
-    folder = save_folder(tmp_path/'o', dict(opt=optim_tensors(opt)[0]), dict(groups=optim_tensors(opt)[1]))
+    net[1](torch.randn(4, 3)).sum().backward()
+    opt.step()
+    folder = save_folder(
+        tmp_path / 'o', dict(opt=optim_tensors(opt)[0]), dict(groups=optim_tensors(opt)[1])
+    )
     tensors, state = load_folder(folder)
     again = torch.optim.AdamW(net.parameters())
     load_optim(again, tensors['opt'], state['groups'])
-    assert not again.state.get(net[0].weight) and torch.equal(again.state[net[1].weight]['exp_avg'], opt.state[net[1].weight]['exp_avg'])
+    assert not again.state.get(net[0].weight) and torch.equal(
+        again.state[net[1].weight]['exp_avg'], opt.state[net[1].weight]['exp_avg']
+    )
     assert sorted(optim_tensors(again)[0]) == sorted(tensors['opt'])
     try: load_optim(torch.optim.AdamW(net[0].parameters()), tensors['opt'], state['groups'])
     except ValueError as e: assert 'other networks' in str(e)

@@ -12,11 +12,17 @@ from dmd2_nb.launch import launch
 from dmd2_nb.train import load_state, save_state
 from dmd2_nb.weights import load_denoiser
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason='PyTorch was built without torch.distributed')
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason='PyTorch was built without torch.distributed'
+)
 tol = 1e-6
 
 
-def env(**kwargs): return dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p)) | kwargs
+def env(**kwargs):
+    return (
+        dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        | kwargs
+    )
 
 
 @pytest.fixture(scope='module')
@@ -44,16 +50,21 @@ def four(folder, two, double):
 
 
 def test_two_ranks_equal_one(two):
-    for name, (logs, weights) in two[0]['equal'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in two[0]['equal'].items():
+        assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_sdxl_two_ranks_equal_one(tmp_path):
     pytest.importorskip('diffusers')
-    for name, (logs, weights) in launch(work.sdxl, 2, str(tmp_path), [['full', 'fsdp'], ['lora', 'ddp']], timeout=400)[0].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in launch(
+        work.sdxl, 2, str(tmp_path), [['full', 'fsdp'], ['lora', 'ddp']], timeout=400
+    )[0].items():
+        assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_accumulation_equals_the_big_batch(two):
-    for name, (logs, weights) in two[0]['accum'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in two[0]['accum'].items():
+        assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_channels_last_is_saved(two): assert two[0]['last'] == 0
@@ -63,7 +74,8 @@ def test_networks_born_on_meta(two): assert max(two[0]['empty']) < tol
 
 
 def test_low_precision(two):
-    for name, (off, scale) in two[0]['low'].items(): assert off < 0.05 and scale in (1., 2.**16, 2.**15), f'{name}: {off}, {scale}'
+    for name, (off, scale) in two[0]['low'].items():
+        assert off < 0.05 and scale in (1., 2.**16, 2.**15), f'{name}: {off}, {scale}'
     assert two[0]['low'] == two[1]['low']
     assert two[0]['low']['skipped'] == [0., 2.**15]
 
@@ -82,11 +94,13 @@ def test_what_must_differ_and_what_must_agree(two):
 
 
 def test_four_ranks_equal_one(four):
-    for name, (logs, weights) in four[0]['equal'].items(): assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
+    for name, (logs, weights) in four[0]['equal'].items():
+        assert logs < tol and weights < tol, f'{name}: {logs}, {weights}'
 
 
 def test_resume_at_four(four):
-    for name in ('ddp_fsdp', 'fsdp_ddp', 'fsdp_fsdp2', 'one_fsdp', 'one_ddp'): assert max(four[0][name]) < tol, f'{name}: {four[0][name]}'
+    for name in ('ddp_fsdp', 'fsdp_ddp', 'fsdp_fsdp2', 'one_fsdp', 'one_ddp'):
+        assert max(four[0][name]) < tol, f'{name}: {four[0][name]}'
 
 
 @pytest.mark.parametrize('mode', ['ddp', 'fsdp', 'four'])
@@ -95,7 +109,10 @@ def test_resume_at_one(four, folder, double, mode):
     logs = work.run(ref, 6)
     extra = load_state(dmd, folder/mode)
     assert extra == dict(position=3) and dmd.step == 3
-    assert work.gap(logs[3:], work.run(dmd, 3, start=extra['position'])) < tol and work.weights_gap(ref, dmd) < tol
+    assert (
+        work.gap(logs[3:], work.run(dmd, 3, start=extra['position'])) < tol
+        and work.weights_gap(ref, dmd) < tol
+    )
 
 
 def test_four_resume_at_two_and_no_pickle_is_run(four, folder, tmp_path):
@@ -104,7 +121,8 @@ def test_four_resume_at_two_and_no_pickle_is_run(four, folder, tmp_path):
     bomb = pickle.dumps(work.Bomb(str(tmp_path/'went off')))
     for part in [tmp_path/'four', *(p for p in (tmp_path/'four').iterdir() if p.is_dir())]:
         for name in ('.metadata', '__0_0.distcp', 'state.pt'): (part/name).write_bytes(bomb)
-    for mode, gaps in launch(work.back_at_two, 2, str(tmp_path), timeout=400)[0].items(): assert max(gaps) < tol, f'{mode}: {gaps}'
+    for mode, gaps in launch(work.back_at_two, 2, str(tmp_path), timeout=400)[0].items():
+        assert max(gaps) < tol, f'{mode}: {gaps}'
     assert not (tmp_path/'went off').exists()
     pickle.loads(bomb).close()  # the bomb is one
     assert (tmp_path/'went off').exists()
@@ -114,7 +132,15 @@ def test_checkpoint_is_safetensors_and_json(two, folder):
     files = [p for p in (folder/'fsdp').rglob('*') if p.is_file()]
     assert {p.suffix for p in files} == {'.safetensors', '.json'} and len(files) > 6
     parts, state = load_folder(folder/'fsdp')
-    assert state['ranks'] == 2 and set(parts) == {'generator', 'ema', 'fake', 'head', 'opt_g', 'opt_fake', 'ranks'}
+    assert state['ranks'] == 2 and set(parts) == {
+        'generator',
+        'ema',
+        'fake',
+        'head',
+        'opt_g',
+        'opt_fake',
+        'ranks',
+    }
     assert not list(folder.glob('.*'))
 
 
@@ -132,7 +158,9 @@ def test_export_to_one_file(four, folder, double):
 
 def test_damaged_checkpoints_are_named(four):
     for rank in four:
-        assert 'fake' in rank['lost_shard'] and ('lacks pieces' in rank['lost_shard'] or 'does not fit' in rank['lost_shard'])
+        assert 'fake' in rank['lost_shard'] and (
+            'lacks pieces' in rank['lost_shard'] or 'does not fit' in rank['lost_shard']
+        )
         assert 'export.safetensors' in rank['unwritable'] and 'rank 0' in rank['unwritable']
 
 
@@ -149,7 +177,11 @@ def test_command_line(tmp_path, double):
     assert launch(work.command, 1, f'fashion16 --name one {args}', timeout=400) == [0]
     assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=400) == [0, 0]
     one, two = (read_log(tmp_path/n/'log.csv') for n in ('one', 'two'))
-    assert len(one) == len(two) > 0 and {p.name for p in tmp_path.iterdir()} == {'one', 'two', 'teacher.safetensors'}
+    assert len(one) == len(two) > 0 and {p.name for p in tmp_path.iterdir()} == {
+        'one',
+        'two',
+        'teacher.safetensors',
+    }
     whole = {'critic_lag', 'ema_dist'}  # looked at only where one process has the whole run
     for a, b in zip(one, two):
         a, b = ({k: v for k, v in o.items() if k not in whole} for o in (a, b))
@@ -161,28 +193,60 @@ def seconds_since_death(folder): return time.time()-float((folder/'died').read_t
 
 
 def test_launch_stops_all(tmp_path):
-    with pytest.raises(RuntimeError, match='rank 1: ValueError: image 7 is broken'): launch(work.dies, 2, 'error', str(tmp_path), timeout=150)
+    with pytest.raises(RuntimeError, match='rank 1: ValueError: image 7 is broken'):
+        launch(work.dies, 2, 'error', str(tmp_path), timeout=150)
     assert seconds_since_death(tmp_path) < 60
 
 
 def test_torchrun_stops_all(tmp_path):
     script = tmp_path/'run.py'
     script.write_text(f"import _parallel_work as w; w.dies('killed', {str(tmp_path)!r})")
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)], env=env(), capture_output=True, text=True, timeout=150)
-    assert r.returncode and re.search('Signal 9|exitcode *: -9|stopped because another', r.stderr), r.stderr
+    r = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=2',
+            str(script),
+        ],
+        env=env(),
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert r.returncode and re.search(
+        'Signal 9|exitcode *: -9|stopped because another', r.stderr
+    ), r.stderr
     assert seconds_since_death(tmp_path) < 60
 
 
 @pytest.mark.parametrize('how', ['killed', 'hangs'])
 def test_survivor_stops_by_itself(how, tmp_path):
     "Without an agent that watches, as between machines"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     e = env(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     code = f'import _parallel_work as w; w.dies({how!r}, {str(tmp_path)!r})'
-    ps = [subprocess.Popen([sys.executable, '-c', code], env=e | dict(RANK=str(r), LOCAL_RANK=str(r)), cwd=Path(__file__).parent, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    ps = [
+        subprocess.Popen(
+            [sys.executable, '-c', code],
+            env=e | dict(RANK=str(r), LOCAL_RANK=str(r)),
+            cwd=Path(__file__).parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
     try:
         err = ps[0].communicate(timeout=150)[1]
         assert seconds_since_death(tmp_path) < 60
-        assert ps[0].returncode and 'rank 0 stopped because another of the 2 processes died or hung' in err, err
+        assert (
+            ps[0].returncode
+            and 'rank 0 stopped because another of the 2 processes died or hung' in err
+        ), err
     finally:
-        for p in ps: p.kill(); p.wait()
+        for p in ps:
+            p.kill()
+            p.wait()

@@ -113,8 +113,18 @@ def test_imagenet_trainer(double, values):
             return (lo + i/999*(hi-lo))**7
 
     def denoiser(seed):
-        net = ADMUNet(8, 3, 3, 5, model_channels=16, channel_mult=(1, 4), channel_mult_emb=2, num_blocks=1,
-                      attn_resolutions=(), dropout=0.)
+        net = ADMUNet(
+            8,
+            3,
+            3,
+            5,
+            model_channels=16,
+            channel_mult=(1, 4),
+            channel_mult_emb=2,
+            num_blocks=1,
+            attn_resolutions=(),
+            dropout=0.0,
+        )
         return fill(EDMPrecond(net), seed)
 
     def batch(t):
@@ -126,14 +136,22 @@ def test_imagenet_trainer(double, values):
 
     cfg = DMD2Config(batch=4, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, clip=.5, ema_halflife=0.)
     dmd = Fed(denoiser(1), denoiser(1), denoiser(3), cfg, head=fill(GanHead((64, 4, 4)), 2))
-    loss, weight = run(dmd, (dmd.G, dmd.fake, dmd.head), map(batch, range(12)), values('dmd2_imagenet_steps'))
+    loss, weight = run(
+        dmd, (dmd.G, dmd.fake, dmd.head), map(batch, range(12)), values('dmd2_imagenet_steps')
+    )
     assert loss < 1e-12
     assert weight < 1e-10
 
 
 def test_sdxl_trainer(double, quiet, values):
     "Eleven iterations of the official SDXL trainer: backward simulation, guidance 8, GAN"
-    from dmd2_nb.sdxl.adapter import EpsDenoiser, TINY_SDXL, few_step_timesteps, make_unet, sdxl_sigmas
+    from dmd2_nb.sdxl.adapter import (
+        EpsDenoiser,
+        TINY_SDXL,
+        few_step_timesteps,
+        make_unet,
+        sdxl_sigmas,
+    )
     from dmd2_nb.sdxl.conditioning import SDXLCond
     from dmd2_nb.sdxl.recipe import sdxl_config, sdxl_dmd2
     from dmd2_nb.sdxl.roles import FullCopies
@@ -162,7 +180,9 @@ def test_sdxl_trainer(double, quiet, values):
     fill(roles.fake.net.unet, 3)
     fill(roles.generator.net.unet, 1)
     levels = sdxl_sigmas(few_step_timesteps(4), alphas).tolist()
-    cfg = replace(sdxl_config, levels=levels, batch=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, lr_warmup=0)
+    cfg = replace(
+        sdxl_config, levels=levels, batch=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, lr_warmup=0
+    )
     dmd = sdxl_dmd2(roles, cfg, batch(0, 50)[1], head=fill(GanHead((32, 4, 4)), 2), make=Fed)
     nets = (roles.generator.net.unet, roles.fake.net.unet, dmd.head)
     loss, weight = run(dmd, nets, ((batch(t, 50)[1], batch(t, 60)) for t in range(11)), stored)
@@ -187,20 +207,36 @@ def test_lcm_scheduler(quiet, timesteps):
     "The few-step sampler against LCMScheduler on a random U-Net"
     from dmd2_nb.sdxl.adapter import EpsDenoiser, sdxl_sigmas
     torch.manual_seed(41)
-    unet = quiet.UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 48, 64),
-        norm_num_groups=8, attention_head_dim=(2, 3, 4), cross_attention_dim=40, use_linear_projection=True,
-        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-        up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-        transformer_layers_per_block=(1, 1, 2), addition_embed_type='text_time', addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=24+48).eval().requires_grad_(False)
+    unet = (
+        quiet.UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(32, 48, 64),
+            norm_num_groups=8,
+            attention_head_dim=(2, 3, 4),
+            cross_attention_dim=40,
+            use_linear_projection=True,
+            down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+            up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+            transformer_layers_per_block=(1, 1, 2),
+            addition_embed_type='text_time',
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 48,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
     more = dict(text_embeds=torch.randn(3, 24), time_ids=torch.randint(0, 1024, (3, 6)).float())
     cond = dict(encoder_hidden_states=torch.randn(3, 7, 40), added_cond_kwargs=more)
     z = torch.randn(3, 4, 16, 16)
     scheduler = quiet.LCMScheduler(**BETAS)
     scheduler.set_timesteps(timesteps=list(timesteps), original_inference_steps=1000)
     want = lcm_steps(scheduler, unet, z, cond, 9)
-    got = few_step_sample(EpsDenoiser(unet), z, sdxl_sigmas(timesteps), cond, generator=generator(9))
+    got = few_step_sample(
+        EpsDenoiser(unet), z, sdxl_sigmas(timesteps), cond, generator=generator(9)
+    )
     assert relative(got, want) < 1e-5
 
 
@@ -224,7 +260,9 @@ def test_schedulers(quiet, kind):
     few = quiet.LCMScheduler(**BETAS, prediction_type=kind)
     few.set_timesteps(timesteps=[999, 749, 499, 249], original_inference_steps=1000)
     want = lcm_steps(few, unet, z, cond, 5)
-    got = few_step_sample(denoiser, z, sdxl_sigmas((999, 749, 499, 249)), cond, generator=generator(5))
+    got = few_step_sample(
+        denoiser, z, sdxl_sigmas((999, 749, 499, 249)), cond, generator=generator(5)
+    )
     assert relative(got, want) < 1e-5
     many = quiet.EulerDiscreteScheduler(**BETAS, prediction_type=kind, timestep_spacing='trailing')
     many.set_timesteps(25)
@@ -257,7 +295,8 @@ def test_peer_metrics(values):
     assert error(frechet(a, b), stored['fid']) < 1e-6
     assert error(kid_subsets(a, b, 20, 200), stored['kid']) < 1e-5
     assert error(kid(a[:500], b)[0], stored['mmd']) < 1e-9
-    for k in (3, 5): assert np.abs(np.array(precision_recall(a, b, k=k))-stored[f'pr{k}']).max() < 1e-9
+    for k in (3, 5):
+        assert np.abs(np.array(precision_recall(a, b, k=k))-stored[f'pr{k}']).max() < 1e-9
 
 
 @pytest.mark.parametrize('name', ['adm', 'ddpmpp'])
@@ -265,7 +304,11 @@ def test_edm_snapshots(values, tmp_path, name):
     "Snapshots as EDM's own code pickles them, read as data: the official networks' outputs"
     stored = values('files')
     (tmp_path/'snapshot.pkl').write_bytes(stored[name].tobytes())
-    x, sigma, label = torch.randn(2, 3, 8, 8, generator=generator(1)), torch.tensor([.1, 20.]), torch.eye(5)[:2]
+    x, sigma, label = (
+        torch.randn(2, 3, 8, 8, generator=generator(1)),
+        torch.tensor([0.1, 20.0]),
+        torch.eye(5)[:2],
+    )
     with torch.no_grad(): got = load_edm(tmp_path/'snapshot.pkl')(x, sigma, label)
     assert relative(got, torch.tensor(stored[f'{name}_out'])) < 1e-4
 
@@ -278,8 +321,12 @@ def test_dmd2_lora(quiet, values, tmp_path):
     unet = fill(make_unet(TINY_SDXL | TINY_UNET), 1)
     (tmp_path/'k.safetensors').write_bytes(stored['kohya'].tobytes())
     fuse_lora(unet, tmp_path/'k.safetensors')
-    z, text = torch.randn(2, 4, 16, 16, generator=generator(2)), torch.randn(2, 5, 24, generator=generator(3))
+    z, text = (
+        torch.randn(2, 4, 16, 16, generator=generator(2)),
+        torch.randn(2, 5, 24, generator=generator(3)),
+    )
     ids = torch.tensor([[128., 128, 0, 0, 128, 128]]*2)
     more = dict(text_embeds=torch.randn(2, 32, generator=generator(4)), time_ids=ids)
-    with torch.no_grad(): got = unet(z, torch.tensor([749, 249]), text, added_cond_kwargs=more, return_dict=False)[0]
+    with torch.no_grad():
+        got = unet(z, torch.tensor([749, 249]), text, added_cond_kwargs=more, return_dict=False)[0]
     assert relative(got, torch.tensor(stored['lora_out'])) < 1e-4

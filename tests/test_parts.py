@@ -62,7 +62,9 @@ def test_pieces_are_replayed_with_their_own_draws():
 
 @pytest.mark.parametrize('parts', [dict(), dict(runner=EchoRunner)], ids=['plain', 'replayed'])
 def test_other_draws_reach_every_turn(parts):
-    new = lambda **kwargs: run(DMD2, draws=Shifted(), **{k: v() for k, v in parts.items()}, **kwargs)
+    new = lambda **kwargs: run(
+        DMD2, draws=Shifted(), **{k: v() for k, v in parts.items()}, **kwargs
+    )
     class Overridden(DMD2):
         def randn(self, stream, n): return super().randn(stream, n)+0.1
     equal(run(Overridden), new())
@@ -73,7 +75,8 @@ def test_a_number_read_inside_a_recording_is_refused():
     "The test of equality rests on this"
     class Reads(DMD2):
         def view(self, x, n, stream): return x*float(x.detach().mean())
-    with pytest.raises(RuntimeError, match='_local_scalar_dense inside a recording'): run(Reads, runner=EchoRunner())
+    with pytest.raises(RuntimeError, match='_local_scalar_dense inside a recording'):
+        run(Reads, runner=EchoRunner())
 
 
 def test_view_in_both_turns():
@@ -100,7 +103,10 @@ def test_view_decides_what_the_critic_learns_from():
     assert torch.equal(grads[0]['dm'], grads[1]['dm'])
     assert grads[0]['gan'].abs().max() > 0 and grads[1]['gan'].abs().max() == 0
     logs = [dmd.fake_step(x, cond, real) for dmd in (seeing, blind)]
-    assert logs[0]['fake_loss'] == logs[1]['fake_loss'] and logs[0]['gan_d_loss'] != logs[1]['gan_d_loss']
+    assert (
+        logs[0]['fake_loss'] == logs[1]['fake_loss']
+        and logs[0]['gan_d_loss'] != logs[1]['gan_d_loss']
+    )
     assert blind.step == 1
 
 
@@ -140,8 +146,10 @@ def test_graphs_say_what_they_need():
     torch.set_default_dtype(torch.float32)
     try:
         net, mix = EDMPrecond(ToyNet(width=16)), ring(8)
-        with pytest.raises(ValueError, match='need a CUDA device, the generator is on cpu'): GraphedDMD2.from_teacher(mix, toy_config, init=net)
-        with pytest.raises(ValueError, match='need a CUDA device'): ParallelDMD2.from_teacher(mix, toy_config, init=net, runner=GraphRunner())
+        with pytest.raises(ValueError, match='need a CUDA device, the generator is on cpu'):
+            GraphedDMD2.from_teacher(mix, toy_config, init=net)
+        with pytest.raises(ValueError, match='need a CUDA device'):
+            ParallelDMD2.from_teacher(mix, toy_config, init=net, runner=GraphRunner())
     finally: torch.set_default_dtype(torch.float64)
 
 
@@ -193,5 +201,8 @@ def test_two_processes_replay(tmp_path):
         for name, gaps in r['equal'].items(): assert gaps == [0, 0], f'{name}: {gaps}'
         for name, gaps in r['alone'].items(): assert max(gaps) < 1e-6, f'{name}: {gaps}'
         assert r['resumed'] == [0, 0] and min(r['replays']) > 0
-    assert ranks[0]['plain'] == ranks[0]['replayed'] == ranks[1]['replayed'] and len(ranks[0]['plain']) > 30
+    assert (
+        ranks[0]['plain'] == ranks[0]['replayed'] == ranks[1]['replayed']
+        and len(ranks[0]['plain']) > 30
+    )
     assert {o[0] for o in ranks[0]['replayed']} == {'all_reduce', 'all_gather'}

@@ -46,7 +46,10 @@ def test_a_renamed_file_is_another_folder(tmp_path):
 def test_what_is_no_data_does_not_count(tmp_path):
     one = tree(tmp_path/'one', {'data.mdb': b'x'})
     was = content_hash(one)
-    tree(one, {'.DS_Store': b'1', '.ipynb_checkpoints/a': b'2', '__MACOSX/._a': b'3', 'lock.mdb': b'4'})
+    tree(
+        one,
+        {'.DS_Store': b'1', '.ipynb_checkpoints/a': b'2', '__MACOSX/._a': b'3', 'lock.mdb': b'4'},
+    )
     assert content_hash(one) == was
     assert content_hash(one, ['data.mdb']) == was
 
@@ -108,7 +111,9 @@ def test_how_much_is_read(tmp_path, monkeypatch):
     f, read = tmp_path/'sparse', []
     with open(f, 'wb') as o: o.truncate(300*2**20)
     inner = plan._read
-    monkeypatch.setattr(plan, '_read', lambda path, at, n: read.append((at, n)) or inner(path, at, n))
+    monkeypatch.setattr(
+        plan, '_read', lambda path, at, n: read.append((at, n)) or inner(path, at, n)
+    )
     assert content_hash(f).endswith('(sizes, times and 64 MB drawn from 300 MB)')
     assert 63*2**20 < sum(n for _, n in read) <= 64*2**20
     gaps = [b-a for (a, _), (b, _) in zip(read, read[1:])]
@@ -174,7 +179,11 @@ def test_identity_of_text_encoders_and_autoencoders():
     a, b = make_vae(), make_vae()
     b.register_to_config(scaling_factor=2*a.config.scaling_factor)
     assert identity(a) != identity(b), 'the scaling factor is a setting'
-    assert identity(EpsDenoiser(make_unet())) == identity(EpsDenoiser(make_unet())) != identity(VDenoiser(make_unet()))
+    assert (
+        identity(EpsDenoiser(make_unet()))
+        == identity(EpsDenoiser(make_unet()))
+        != identity(VDenoiser(make_unet()))
+    )
     used = EpsDenoiser(make_unet())
     was = identity(used)
     used.timestep(used.levels[-1:])
@@ -183,22 +192,33 @@ def test_identity_of_text_encoders_and_autoencoders():
 
 def test_differences_are_named_and_short():
     was, now = dict(a='0'*64, b=dict(c=1, d=2), e=3), dict(a='1'*64, b=dict(c=1, d=3), f=[1, 2])
-    assert plan.differences(was, now) == ['a was 000000000000... and is 111111111111...', 'b.d was 2 and is 3', 'f was not recorded and is [1, 2]', 'e was 3 and is not given']
-    assert plan.differences(was, now, only=['b']) == ['b.d was 2 and is 3'] and not plan.differences(was, dict(was))
+    assert plan.differences(was, now) == [
+        'a was 000000000000... and is 111111111111...',
+        'b.d was 2 and is 3',
+        'f was not recorded and is [1, 2]',
+        'e was 3 and is not given',
+    ]
+    assert plan.differences(was, now, only=['b']) == [
+        'b.d was 2 and is 3'
+    ] and not plan.differences(was, dict(was))
     assert not plan.differences(dict(a=(1, 2)), dict(a=[1, 2])), 'as JSON knows them'
 
 
 def test_a_plan_guards_its_folder(tmp_path):
     plan.keep_plan(tmp_path/'a', dict(x=1))
     plan.keep_plan(tmp_path/'a', dict(x=1))
-    with pytest.raises(ValueError, match=r'a was begun with other settings \(x was 1 and is 2\)'): plan.keep_plan(tmp_path/'a', dict(x=2))
-    with pytest.raises(ValueError) as e: plan.keep_plan(tmp_path/'a', {f'{i}'*50: 'y'*500 for i in range(50)})
+    with pytest.raises(ValueError, match=r'a was begun with other settings \(x was 1 and is 2\)'):
+        plan.keep_plan(tmp_path/'a', dict(x=2))
+    with pytest.raises(ValueError) as e:
+        plan.keep_plan(tmp_path/'a', {f'{i}'*50: 'y'*500 for i in range(50)})
     assert len(str(e.value)) < 600+len(str(tmp_path)) and 'and 47 more' in str(e.value)
     for broken in ('', '{"x": ', '[1]', 'null', '3'):
         (tmp_path/'a'/'plan.json').write_text(broken)
-        with pytest.raises(ValueError, match='plan.json is damaged'): plan.keep_plan(tmp_path/'a', dict(x=1))
+        with pytest.raises(ValueError, match='plan.json is damaged'):
+            plan.keep_plan(tmp_path/'a', dict(x=1))
     tree(tmp_path/'b', {'shard_1': b''})
-    with pytest.raises(ValueError, match='holds shard_1 and no plan.json'): plan.keep_plan(tmp_path/'b', dict(x=1), made='shard_*')
+    with pytest.raises(ValueError, match='holds shard_1 and no plan.json'):
+        plan.keep_plan(tmp_path/'b', dict(x=1), made='shard_*')
     assert not (tmp_path/'b'/'plan.json').exists()
 
 
@@ -222,11 +242,18 @@ def vae():
 @pytest.fixture
 def encode(tmp_path, enc):
     from dmd2_nb.sdxl.data import encode_conditions
-    def f(prompts=('a cat', 'a dog', 'a cow'), enc=enc, **k): return encode_conditions(tmp_path/'p', list(prompts), enc, **dict(size=64, shard=2) | k)
+    def f(prompts=('a cat', 'a dog', 'a cow'), enc=enc, **k):
+        return encode_conditions(tmp_path/'p', list(prompts), enc, **dict(size=64, shard=2) | k)
     return f
 
 
-changes = {'prompts': dict(prompts=['a cat', 'a dog', 'an owl']), 'order': dict(prompts=['a dog', 'a cat', 'a cow']), 'size': dict(size=128), 'dtype': dict(dtype=torch.float32), 'fewer': dict(prompts=['a cat', 'a dog'])}
+changes = {
+    'prompts': dict(prompts=['a cat', 'a dog', 'an owl']),
+    'order': dict(prompts=['a dog', 'a cat', 'a cow']),
+    'size': dict(size=128),
+    'dtype': dict(dtype=torch.float32),
+    'fewer': dict(prompts=['a cat', 'a dog']),
+}
 
 
 @pytest.mark.parametrize('change', changes.values(), ids=changes)
@@ -234,14 +261,17 @@ def test_other_conditions_are_refused(encode, change):
     assert encode().items([2])[2] == ['a cow']
     before = encode().items(range(3))[1]
     with pytest.raises(ValueError, match='begun with other settings') as e: encode(**change)
-    assert one_line(e) and ('prompts' if 'prompts' in change else next(iter(change))) in str(e.value)
+    assert one_line(e) and ('prompts' if 'prompts' in change else next(iter(change))) in str(
+        e.value
+    )
     assert torch.equal(encode().items(range(3))[1].text, before.text)
 
 
 def test_another_text_encoder_is_refused(encode):
     from dmd2_nb.sdxl.conditioning import tiny_text_encoders
     encode()
-    with pytest.raises(ValueError, match=r'other settings \(encoder was'): encode(enc=tiny_text_encoders(seed=1))
+    with pytest.raises(ValueError, match=r'other settings \(encoder was'):
+        encode(enc=tiny_text_encoders(seed=1))
 
 
 def test_an_interrupted_encoding_goes_on_with_its_own_prompts_only(encode):
@@ -256,17 +286,28 @@ def test_an_interrupted_encoding_goes_on_with_its_own_prompts_only(encode):
 
 def test_one_text_is_no_list(enc, tmp_path):
     from dmd2_nb.sdxl.data import encode_conditions
-    with pytest.raises(ValueError, match="a list of texts .* 'a cat'"): encode_conditions(tmp_path/'p', 'a cat', enc)
+    with pytest.raises(ValueError, match="a list of texts .* 'a cat'"):
+        encode_conditions(tmp_path/'p', 'a cat', enc)
     assert not (tmp_path/'p').exists()
 
 
-def pictures(n=5, seed=0): return [(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(100*seed+i))*2-1, f'picture {i}') for i in range(n)]
+def pictures(n=5, seed=0):
+    return [
+        (
+            torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(100 * seed + i)) * 2 - 1,
+            f'picture {i}',
+        )
+        for i in range(n)
+    ]
 
 
 @pytest.fixture
 def latents(tmp_path, enc, vae):
     from dmd2_nb.sdxl.data import encode_latents
-    def f(images=None, vae=vae, **k): return encode_latents(tmp_path/'i', images or pictures(), vae, enc, **dict(size=32, shard=2) | k)
+    def f(images=None, vae=vae, **k):
+        return encode_latents(
+            tmp_path / 'i', images or pictures(), vae, enc, **dict(size=32, shard=2) | k
+        )
     return f
 
 
@@ -276,7 +317,10 @@ def test_other_pictures_are_refused_by_number(latents):
     for i in (0, 4):
         changed = pictures()
         changed[i] = (-changed[i][0], changed[i][1])
-        with pytest.raises(ValueError, match=f'made from other pictures or prompts: item {i} differs') as e: latents(changed)
+        with pytest.raises(
+            ValueError, match=f'made from other pictures or prompts: item {i} differs'
+        ) as e:
+            latents(changed)
         assert one_line(e)
     changed = pictures()
     changed[3] = (changed[3][0], 'another text')
@@ -312,7 +356,9 @@ def test_pictures_of_a_folder_count_by_their_files(tmp_path, enc, vae):
     from dmd2_nb.sdxl.data import encode_latents
     (tmp_path/'f').mkdir()
     for i in range(3): Image.new('RGB', (32, 32), (80*i,)*3).save(tmp_path/'f'/f'{i}.png')
-    make = lambda size=32, prompt='a': encode_latents(tmp_path/'i', FolderPictures(tmp_path/'f', size, prompt), vae, enc, size=32)
+    make = lambda size=32, prompt='a': encode_latents(
+        tmp_path / 'i', FolderPictures(tmp_path / 'f', size, prompt), vae, enc, size=32
+    )
     make()
     make()
     with pytest.raises(ValueError, match=r'other settings \(prompts was'): make(prompt='b')
@@ -324,12 +370,14 @@ def test_pictures_of_a_folder_count_by_their_files(tmp_path, enc, vae):
 @pytest.mark.parametrize('picture, says', [(torch.zeros(3, 32, 32, dtype=torch.uint8), 'float tensor .* got torch.uint8'), (torch.full((3, 32, 32), 200.), 'values lie in 200 .. 200'),
                                            (torch.full((3, 32, 32), float('nan')), 'NaN of 3,072'), (torch.zeros(32, 32), r'got torch.float32 \(32, 32\)')], ids=['bytes', 'range', 'NaN', 'shape'])
 def test_what_is_no_picture_is_named(latents, picture, says):
-    with pytest.raises(ValueError, match=rf"item 1 \('a cat'\).*{says}") as e: latents([pictures()[0], (picture, 'a cat')])
+    with pytest.raises(ValueError, match=rf"item 1 \('a cat'\).*{says}") as e:
+        latents([pictures()[0], (picture, 'a cat')])
     assert one_line(e)
 
 
 def test_pictures_between_0_and_1_get_a_word(latents):
-    with pytest.warns(UserWarning, match='no picture has a value below 0'): latents([((im+1)/2, p) for im, p in pictures()])
+    with pytest.warns(UserWarning, match='no picture has a value below 0'):
+        latents([((im+1)/2, p) for im, p in pictures()])
 
 
 def test_numbers_that_overflow_become_no_shard(tmp_path, enc):
@@ -340,13 +388,17 @@ def test_numbers_that_overflow_become_no_shard(tmp_path, enc):
     with torch.no_grad():
         bad.encoder.conv_in.bias.fill_(6e4)
         bad.encoder.conv_in.weight.mul_(3e4)
-    with pytest.raises(ValueError, match=r"i, item 0 \('picture 0'\): latents has .*NaN.* of 64 numbers.*float32") as e: encode_latents(tmp_path/'i', pictures(), bad, enc, size=32)
+    with pytest.raises(
+        ValueError, match=r"i, item 0 \('picture 0'\): latents has .*NaN.* of 64 numbers.*float32"
+    ) as e:
+        encode_latents(tmp_path/'i', pictures(), bad, enc, size=32)
     assert one_line(e) and not list((tmp_path/'i').glob('*shard*'))
     with pytest.raises(FileNotFoundError): LatentShards(tmp_path/'i')
     from dmd2_nb.sdxl.conditioning import tiny_text_encoders
     loud = tiny_text_encoders()
     with torch.no_grad(): loud.models[1].text_projection.weight.mul_(1e7)
-    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): pooled has \d+ infinite"): encode_conditions(tmp_path/'p', ['a cat'], loud)
+    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): pooled has \d+ infinite"):
+        encode_conditions(tmp_path/'p', ['a cat'], loud)
     encode_conditions(tmp_path/'q', ['a cat'], loud, dtype=torch.float32)
 
 
@@ -357,8 +409,13 @@ def teacher():
     from dmd2_nb.denoiser import Guided
     from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
     from dmd2_nb.sdxl.conditioning import zero_uncond
-    small = TINY_SDXL | dict(block_out_channels=(16, 16, 32), transformer_layers_per_block=(1, 1, 1), attention_head_dim=(2, 2, 2))
-    def make(seed=0, guidance=8., kind=EpsDenoiser): return Guided(kind(make_unet(small, seed=seed), shape=(4, 8, 8)), guidance, zero_uncond)
+    small = TINY_SDXL | dict(
+        block_out_channels=(16, 16, 32),
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(2, 2, 2),
+    )
+    def make(seed=0, guidance=8., kind=EpsDenoiser):
+        return Guided(kind(make_unet(small, seed=seed), shape=(4, 8, 8)), guidance, zero_uncond)
     return make
 
 
@@ -368,7 +425,8 @@ def pair_up(tmp_path, teacher, enc):
     from dmd2_nb.sdxl.pretrain import teacher_pairs
     asked = lambda name, prompts: encode_conditions(tmp_path/name, prompts, enc, size=64)
     conds = dict(one=asked('one', ['a cat', 'a dog']), two=asked('two', ['a cat', 'a cow']))
-    def f(teacher=teacher(), conds=conds['one'], **k): return teacher_pairs(tmp_path/'pairs', teacher, conds, **dict(n=2, steps=2) | k)
+    def f(teacher=teacher(), conds=conds['one'], **k):
+        return teacher_pairs(tmp_path/'pairs', teacher, conds, **dict(n=2, steps=2) | k)
     f.conds = conds
     return f
 
@@ -377,11 +435,20 @@ def test_pairs_of_another_teacher_are_refused(pair_up, teacher):
     from dmd2_nb.sdxl.adapter import VDenoiser
     first = pair_up().items([0, 1])[0]
     assert torch.equal(pair_up(teacher()).items([0, 1])[0], first), 'the same teacher opened again'
-    others = {'teacher': (teacher(seed=1), teacher(guidance=7.5), teacher(kind=VDenoiser), teacher().half()), 'conditions': ()}
+    others = {
+        'teacher': (
+            teacher(seed=1),
+            teacher(guidance=7.5),
+            teacher(kind=VDenoiser),
+            teacher().half(),
+        ),
+        'conditions': (),
+    }
     for t in others['teacher']:
         with pytest.raises(ValueError, match=r'other settings \(teacher was') as e: pair_up(t)
         assert one_line(e)
-    with pytest.raises(ValueError, match=r'other settings \(conditions was'): pair_up(conds=pair_up.conds['two'])
+    with pytest.raises(ValueError, match=r'other settings \(conditions was'):
+        pair_up(conds=pair_up.conds['two'])
     with pytest.raises(ValueError, match=r'other settings \(shape was'): pair_up(shape=(4, 16, 16))
     with pytest.raises(ValueError, match=r'other settings \(seed was 0 and is 1'): pair_up(seed=1)
 
@@ -399,7 +466,10 @@ def test_only_pairs_teach_by_regression(pair_up, latents, encode, teacher):
     role = lambda: SharedBase(teacher().D, rank=2).generator
     next(regression_pretrain(role(), pair_up(), batch=2))
     for wrong, kind in ((latents(), 'real pictures'), (encode(), 'texts alone')):
-        with pytest.raises(ValueError, match=f"holds {kind} .* needed are a teacher's samples") as e: next(regression_pretrain(role(), wrong, batch=2))
+        with pytest.raises(
+            ValueError, match=f"holds {kind} .* needed are a teacher's samples"
+        ) as e:
+            next(regression_pretrain(role(), wrong, batch=2))
         assert one_line(e)
 
 
@@ -409,13 +479,26 @@ def test_a_regression_goes_on_with_its_own_pairs(pair_up, teacher, tmp_path):
     role = lambda: SharedBase(teacher().D, rank=2).generator
     list(regression_pretrain(role(), pair_up(), 1, batch=2, folder=tmp_path/'run'))
     others = teacher_pairs(tmp_path/'others', teacher(seed=1), pair_up.conds['one'], n=2, steps=2)
-    with pytest.raises(ValueError, match='holds another run: made '): next(regression_pretrain(role(), others, 3, batch=2, folder=tmp_path/'run'))
-    with pytest.raises(ValueError, match='update 3: .*NaN.* not saved'): list(regression_pretrain(role(), pair_up(), 3, distance=lambda a, b: (a-b)*float('nan'), batch=2, folder=tmp_path/'run'))
+    with pytest.raises(ValueError, match='holds another run: made '):
+        next(regression_pretrain(role(), others, 3, batch=2, folder=tmp_path/'run'))
+    with pytest.raises(ValueError, match='update 3: .*NaN.* not saved'):
+        list(
+            regression_pretrain(
+                role(),
+                pair_up(),
+                3,
+                distance=lambda a, b: (a - b) * float('nan'),
+                batch=2,
+                folder=tmp_path / 'run',
+            )
+        )
 
 
 def test_shards_that_say_nothing_count_by_their_bytes(tmp_path, encode):
     from dmd2_nb.sdxl.data import LatentShards, write_shards
-    make = lambda v: write_shards(tmp_path/f'{v}', 2, lambda r: (dict(text=torch.full((2, 1, 1), v)), ['a', 'b']))
+    make = lambda v: write_shards(
+        tmp_path / f'{v}', 2, lambda r: (dict(text=torch.full((2, 1, 1), v)), ['a', 'b'])
+    )
     assert make(1.).content_hash() == make(1.).content_hash() != make(2.).content_hash()
     (tmp_path/'1.0'/'index.json').write_text('{"sizes": "x"}')
     with pytest.raises(ValueError, match='index.json is damaged'): LatentShards(tmp_path/'1.0')
@@ -435,9 +518,11 @@ def test_an_lmdb_is_known_by_its_bytes(tmp_path, enc):
     write(1.)
     for _ in range(2): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
     write(2.)
-    with pytest.raises(ValueError, match=r'other settings \(lmdb was'): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
+    with pytest.raises(ValueError, match=r'other settings \(lmdb was'):
+        LMDBLatents(tmp_path/'db').to_shards(tmp_path/'s', enc, size=64)
     write(float('inf'))
-    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): latents has 64 infinite"): LMDBLatents(tmp_path/'db').to_shards(tmp_path/'t', enc, size=64)
+    with pytest.raises(ValueError, match=r"item 0 \('a cat'\): latents has 64 infinite"):
+        LMDBLatents(tmp_path/'db').to_shards(tmp_path/'t', enc, size=64)
 
 
 # Numbers that become files
@@ -458,8 +543,13 @@ def test_a_generator_that_is_not_finite_is_not_written(tmp_path, value, dtype, s
     from dmd2_nb.weights import load_denoiser, save_denoiser
     save_denoiser(toy(), tmp_path/'g.safetensors', dtype)
     before = (tmp_path/'g.safetensors').read_bytes()
-    with pytest.raises(ValueError, match=f'g.safetensors: .* has {says}') as e: save_denoiser(toy(value=value), tmp_path/'g.safetensors', dtype)
-    assert one_line(e) and (tmp_path/'g.safetensors').read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match=f'g.safetensors: .* has {says}') as e:
+        save_denoiser(toy(value=value), tmp_path/'g.safetensors', dtype)
+    assert (
+        one_line(e)
+        and (tmp_path / 'g.safetensors').read_bytes() == before
+        and len(list(tmp_path.iterdir())) == 1
+    )
     if value == 1e6: load_denoiser(save_denoiser(toy(value=value), tmp_path/'g.safetensors'))
 
 
@@ -471,9 +561,13 @@ def test_features_and_statistics_are_finite(tmp_path):
     x = torch.randint(1, 256, (8, 1, 2, 2), dtype=torch.uint8)
     x[5] = 0  # 0/0
     see = Features(Eye(), 'eye', 1)
-    with pytest.raises(ValueError, match=r'eye features .*4 NaN of 32 numbers, the first at \(5, 0\)'): extract(x, see)
+    with pytest.raises(
+        ValueError, match=r'eye features .*4 NaN of 32 numbers, the first at \(5, 0\)'
+    ):
+        extract(x, see)
     with pytest.raises(ValueError, match='statistics of 8 images: mean has 4 NaN'): Stats.of(x, see)
-    with pytest.raises(ValueError, match='s.npz: sigma has'): Stats('eye', 8, torch.zeros(2), torch.full((2, 2), float('inf'))).save(tmp_path/'s.npz')
+    with pytest.raises(ValueError, match='s.npz: sigma has'):
+        Stats('eye', 8, torch.zeros(2), torch.full((2, 2), float('inf'))).save(tmp_path/'s.npz')
     assert not list(tmp_path.iterdir())
     Stats.of(x[:5], see).save(tmp_path/'s.npz')
 
@@ -482,7 +576,8 @@ def test_features_and_statistics_are_finite(tmp_path):
                                           (torch.tensor([1., -float('inf'), float('nan')]).bfloat16(), '1 NaN and 1 infinite of 3 numbers, the first at (1,)')])
 def test_what_is_not_finite_is_counted_and_placed(tensor, says):
     from dmd2_nb.system.tensors import check_finite
-    with pytest.raises(ValueError) as e: check_finite(dict(a=torch.ones(2), w=tensor), 'file', 'mend it')
+    with pytest.raises(ValueError) as e:
+        check_finite(dict(a=torch.ones(2), w=tensor), 'file', 'mend it')
     assert f'file: w has {says}' in str(e.value) and str(e.value).endswith(': mend it')
     good = dict(a=torch.ones(2), b=torch.arange(3), c=torch.zeros(0), d='text')
     assert check_finite(good, 'file') is good
@@ -491,9 +586,12 @@ def test_what_is_not_finite_is_counted_and_placed(tensor, says):
 def test_pictures_that_are_none_are_not_written(tmp_path):
     from dmd2_nb.coco_eval import generate
     ask = lambda draw: generate(draw, ['a cat', 'a dog'], tmp_path/'o')
-    with pytest.raises(ValueError, match=r"picture 1 \('a dog'\): has 12 NaN"): ask(lambda p, s: torch.stack([torch.zeros(3, 2, 2), torch.full((3, 2, 2), float('nan'))]))
-    with pytest.raises(ValueError, match='draw must give bytes'): ask(lambda p, s: torch.zeros(2, 3, 2, 2))
-    with pytest.raises(ValueError, match='draw gave 1 pictures for 2 prompts'): ask(lambda p, s: torch.zeros(1, 3, 2, 2).byte())
+    with pytest.raises(ValueError, match=r"picture 1 \('a dog'\): has 12 NaN"):
+        ask(lambda p, s: torch.stack([torch.zeros(3, 2, 2), torch.full((3, 2, 2), float('nan'))]))
+    with pytest.raises(ValueError, match='draw must give bytes'):
+        ask(lambda p, s: torch.zeros(2, 3, 2, 2))
+    with pytest.raises(ValueError, match='draw gave 1 pictures for 2 prompts'):
+        ask(lambda p, s: torch.zeros(1, 3, 2, 2).byte())
     assert not list((tmp_path/'o').glob('*.png'))
 
 
@@ -502,15 +600,27 @@ def test_pictures_of_another_network_under_the_same_name(tmp_path):
     def artist(seed):
         torch.manual_seed(seed)
         net = nn.Linear(1, 12)
-        return lambda prompts, seeds: (net(torch.ones(len(prompts), 1)).detach().abs()*100).byte().view(-1, 3, 2, 2)
+        return lambda prompts, seeds: (
+            (net(torch.ones(len(prompts), 1)).detach().abs() * 100).byte().view(-1, 3, 2, 2)
+        )
     generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
     generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
-    with pytest.raises(ValueError, match='made with another networks'): generate(artist(1), ['a cat'], tmp_path/'o', model='mine')
-    with pytest.raises(ValueError, match='made with another networks'): generate(partial(lambda net, p, s: None, nn.Linear(1, 1)), ['a cat'], tmp_path/'o', model='mine')
-    with pytest.raises(ValueError, match='made with another prompts'): generate(artist(0), ['a dog'], tmp_path/'o', model='mine')
-    with pytest.raises(ValueError, match='a list of texts'): generate(artist(0), 'a cat', tmp_path/'o')
+    with pytest.raises(ValueError, match='made with another networks'):
+        generate(artist(1), ['a cat'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='made with another networks'):
+        generate(
+            partial(lambda net, p, s: None, nn.Linear(1, 1)),
+            ['a cat'],
+            tmp_path / 'o',
+            model='mine',
+        )
+    with pytest.raises(ValueError, match='made with another prompts'):
+        generate(artist(0), ['a dog'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='a list of texts'):
+        generate(artist(0), 'a cat', tmp_path/'o')
     (tmp_path/'o'/'run.json').write_text('{"seed"')
-    with pytest.raises(ValueError, match='run.json is damaged'): generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
+    with pytest.raises(ValueError, match='run.json is damaged'):
+        generate(artist(0), ['a cat'], tmp_path/'o', model='mine')
 
 
 # What evaluations use again
@@ -521,10 +631,16 @@ def test_a_teachers_samples_for_other_conditions_are_drawn_again(tmp_path):
     images, conds = torch.arange(4).byte().view(4, 1, 1, 1), torch.tensor([3, 1, 2, 0])
     f = save_samples(tmp_path/'s.npz', images, conds.byte(), seed=0)
     assert torch.equal(load_samples(f, conds[:2], seed=0), images)
-    for wrong in (conds.flip(0), conds[1:], torch.eye(4)): assert load_samples(f, wrong, seed=0) is None
-    assert load_samples(save_samples(tmp_path/'t.npz', images, seed=0), conds, seed=0) is None, 'what they were drawn for is not known'
+    for wrong in (conds.flip(0), conds[1:], torch.eye(4)):
+        assert load_samples(f, wrong, seed=0) is None
+    assert load_samples(save_samples(tmp_path / 't.npz', images, seed=0), conds, seed=0) is None, (
+        'what they were drawn for is not known'
+    )
     own = bundled_samples('fashion16')
-    assert len(load_samples(own, eval_conds(fashion16(), 300))) == 2000 and load_samples(own, eval_conds(fashion16(), 300, seed=1)) is None
+    assert (
+        len(load_samples(own, eval_conds(fashion16(), 300))) == 2000
+        and load_samples(own, eval_conds(fashion16(), 300, seed=1)) is None
+    )
 
 
 @pytest.fixture
@@ -535,7 +651,10 @@ def measured(tmp_path):
         g = np.random.default_rng(seed)
         np.savez(tmp_path/name, images=g.integers(0, 256, (24, 8, 8, 1), 'uint8'))
         return str(tmp_path/name)
-    def f(seed, **k): return measure([write('a.npz', 0)], write('b.npz', seed), tmp_path/'metrics.json', say=None, **k)
+    def f(seed, **k):
+        return measure(
+            [write('a.npz', 0)], write('b.npz', seed), tmp_path / 'metrics.json', say=None, **k
+        )
     return f
 
 
@@ -570,9 +689,13 @@ def test_an_exported_unet_is_finite(tmp_path):
     from dmd2_nb.sdxl.checkpoints import export_unet
     u = make_unet(sample_size=8)
     with torch.no_grad(): u.conv_in.bias[1] = 1e6
-    with pytest.raises(ValueError, match='conv_in.bias has 1 infinite .*too large for torch.float16'): export_unet(u, tmp_path/'u', (999,))
+    with pytest.raises(
+        ValueError, match='conv_in.bias has 1 infinite .*too large for torch.float16'
+    ):
+        export_unet(u, tmp_path/'u', (999,))
     assert not list(tmp_path.iterdir())
     export_unet(u, tmp_path/'u', (999,), dtype=torch.float32)
     with torch.no_grad(): u.conv_in.bias[1] = float('nan')
-    with pytest.raises(ValueError, match='conv_in.bias has 1 NaN'): export_unet(u, tmp_path/'u', (999,), dtype=torch.float32)
+    with pytest.raises(ValueError, match='conv_in.bias has 1 NaN'):
+        export_unet(u, tmp_path/'u', (999,), dtype=torch.float32)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['u']

@@ -10,44 +10,94 @@ diffusers, peft = pytest.importorskip('diffusers'), pytest.importorskip('peft')
 
 from dmd2_nb.core import cond_map, rng
 from dmd2_nb.distill import DMD2, DMD2Config
-from dmd2_nb.sdxl.adapter import TINY_SD15, TINY_SDXL, CondUNet, EpsDenoiser, few_step_timesteps, make_unet, sdxl_sigmas
+from dmd2_nb.sdxl.adapter import (
+    TINY_SD15,
+    TINY_SDXL,
+    CondUNet,
+    EpsDenoiser,
+    few_step_timesteps,
+    make_unet,
+    sdxl_sigmas,
+)
 from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids, zero_uncond
 from dmd2_nb.sdxl.graphs import EchoRecorder, Graphs
 from dmd2_nb.sdxl.lora import AdapterBase, AdapterNet
 from dmd2_nb.sdxl.memory import MemoryMeter, fused_attention
-from dmd2_nb.sdxl.roles import AnySideHead, FullCopies, Setup, SharedBase, advice, at_rest, memory_plan, spend_gradients
+from dmd2_nb.sdxl.roles import (
+    AnySideHead,
+    FullCopies,
+    Setup,
+    SharedBase,
+    advice,
+    at_rest,
+    memory_plan,
+    spend_gradients,
+)
 
-SMALL = TINY_SDXL | dict(block_out_channels=(16, 16, 32), transformer_layers_per_block=(1, 1, 1), cross_attention_dim=16, attention_head_dim=(2, 2, 2))
+SMALL = TINY_SDXL | dict(
+    block_out_channels=(16, 16, 32),
+    transformer_layers_per_block=(1, 1, 1),
+    cross_attention_dim=16,
+    attention_head_dim=(2, 2, 2),
+)
 steps = sdxl_sigmas(few_step_timesteps(4)).tolist()
-cfg = DMD2Config(levels=steps, batch=2, lr_g=1e-3, lr_fake=1e-3, lr_head=1e-3, gan_g=5e-3, guidance=8., ttur=2, ema_halflife=0., dtype='float64')
+cfg = DMD2Config(
+    levels=steps,
+    batch=2,
+    lr_g=1e-3,
+    lr_fake=1e-3,
+    lr_head=1e-3,
+    gan_g=5e-3,
+    guidance=8.0,
+    ttur=2,
+    ema_halflife=0.0,
+    dtype='float64',
+)
 
 
 def a_cond(n=2, dtype=torch.float64, width=16):
-    return SDXLCond(torch.randn(n, 5, width, generator=rng(1)).to(dtype), torch.randn(n, 32, generator=rng(2)).to(dtype), micro_ids(n, 128).to(dtype))
+    return SDXLCond(
+        torch.randn(n, 5, width, generator=rng(1)).to(dtype),
+        torch.randn(n, 32, generator=rng(2)).to(dtype),
+        micro_ids(n, 128).to(dtype),
+    )
 
 
 def shake(*nets):
     for s, net in enumerate(nets):
-        for i, (_, b) in enumerate(net.tensors().values()): b.copy_(0.05*torch.randn(b.shape, generator=rng(s, i)))
+        for i, (_, b) in enumerate(net.tensors().values()):
+            b.copy_(0.05*torch.randn(b.shape, generator=rng(s, i)))
 
 
 def as_peft(unet, net):
     "A network of its own, with the same adapter in peft's layers and nothing else trained"
     u = deepcopy(unet)
-    u.add_adapter(peft.LoraConfig(r=net.rank, lora_alpha=net.alpha, target_modules=list(net.base.targets)), 'default')
+    u.add_adapter(
+        peft.LoraConfig(r=net.rank, lora_alpha=net.alpha, target_modules=list(net.base.targets)),
+        'default',
+    )
     for n, (a, b) in net.tensors().items():
         u.get_parameter(f'{n}.lora_A.default.weight').data.copy_(a)
         u.get_parameter(f'{n}.lora_B.default.weight').data.copy_(b)
     return EpsDenoiser(u)
 
 
-def from_peft(D, net): return {n: (D.net.unet.get_parameter(f'{n}.lora_A.default.weight'), D.net.unet.get_parameter(f'{n}.lora_B.default.weight')) for n in net.tensors()}
+def from_peft(D, net):
+    return {
+        n: (
+            D.net.unet.get_parameter(f'{n}.lora_A.default.weight'),
+            D.net.unet.get_parameter(f'{n}.lora_B.default.weight'),
+        )
+        for n in net.tensors()
+    }
 
 
 def trained(teacher, G, fake, n=4, **kwargs):
     cond = a_cond()
     torch.manual_seed(0)
-    dmd = DMD2(teacher, G, fake, cfg, uncond=zero_uncond, probe=cond_map(lambda t: t[:1], cond), **kwargs)
+    dmd = DMD2(
+        teacher, G, fake, cfg, uncond=zero_uncond, probe=cond_map(lambda t: t[:1], cond), **kwargs
+    )
     real = torch.randn(2, 4, 16, 16, generator=rng(4), dtype=torch.float64), cond
     logs = []
     torch.set_default_dtype(torch.float64)
@@ -67,17 +117,28 @@ def test_dmd2_on_a_shared_base_equals_three_networks(recorded):
     roles = SharedBase(EpsDenoiser(deepcopy(unet)), rank=4)
     shake(roles.generator.net, roles.fake.net)
     G, fake = as_peft(unet, roles.generator.net), as_peft(unet, roles.fake.net)
-    if recorded: Graphs(roles.teacher.net, roles.generator.net, roles.fake.net, recorder=EchoRecorder(), share_grads=True)
+    if recorded:
+        Graphs(
+            roles.teacher.net,
+            roles.generator.net,
+            roles.fake.net,
+            recorder=EchoRecorder(),
+            share_grads=True,
+        )
     ours, logs = trained(roles.teacher, roles.generator, roles.fake)
     _, ref = trained(EpsDenoiser(deepcopy(unet)), G, fake)
     for a, b in zip(logs, ref):
         assert a.keys() == b.keys()
-        for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-7, atol=1e-9, msg=lambda m, k=k: f'{k}: {m}')
+        for k in a:
+            torch.testing.assert_close(
+                a[k], b[k], rtol=1e-7, atol=1e-9, msg=lambda m, k=k: f'{k}: {m}'
+            )
     assert ours.g_updates == 2
     for D, net in ((G, roles.generator.net), (fake, roles.fake.net)):
         there = from_peft(D, net)
         for n, ab in net.tensors().items():
-            for v, w in zip(ab, there[n]): torch.testing.assert_close(v, w.detach(), rtol=1e-5, atol=1e-7)
+            for v, w in zip(ab, there[n]):
+                torch.testing.assert_close(v, w.detach(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize('config', [SMALL, TINY_SD15], ids=['sdxl', 'sd15'])
@@ -96,7 +157,13 @@ def test_forward_and_encode_equal_peft(config, checkpointing):
         ref.zero_grad()
         (a**2).mean().backward()
         (b**2).mean().backward()
-        grads = {n: ab for u, p in zip(net.base.carriers, net.flats) for n, ab in zip(u.layers, u.carve(p.grad if p.grad is not None else torch.zeros_like(p), 4))}
+        grads = {
+            n: ab
+            for u, p in zip(net.base.carriers, net.flats)
+            for n, ab in zip(
+                u.layers, u.carve(p.grad if p.grad is not None else torch.zeros_like(p), 4)
+            )
+        }
         for n, ab in grads.items():
             for g, s in zip(ab, 'AB'):
                 w = ref.unet.get_parameter(f'{n}.lora_{s}.default.weight').grad
@@ -109,9 +176,43 @@ def test_released_layout():
     base = AdapterBase(make_unet(diffusers_config(), device='meta'))
     names = [n for u in base.units for n in u.layers]
     count = lambda end: sum(n.endswith(end) for n in names)
-    assert {k: count(k) for k in ('to_q', 'to_k', 'to_v', 'to_out.0', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'time_emb_proj', 'proj_in', 'proj_out', 'conv_shortcut', 'samplers.0.conv')} == \
-        dict(zip(('to_q', 'to_k', 'to_v', 'to_out.0', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'time_emb_proj', 'proj_in', 'proj_out', 'conv_shortcut', 'samplers.0.conv'),
-                 (140, 140, 140, 140, 70, 70, 17, 17, 17, 11, 11, 11, 4)))
+    assert {
+        k: count(k)
+        for k in (
+            'to_q',
+            'to_k',
+            'to_v',
+            'to_out.0',
+            'ff.net.0.proj',
+            'ff.net.2',
+            'conv1',
+            'conv2',
+            'time_emb_proj',
+            'proj_in',
+            'proj_out',
+            'conv_shortcut',
+            'samplers.0.conv',
+        )
+    } == dict(
+        zip(
+            (
+                'to_q',
+                'to_k',
+                'to_v',
+                'to_out.0',
+                'ff.net.0.proj',
+                'ff.net.2',
+                'conv1',
+                'conv2',
+                'time_emb_proj',
+                'proj_in',
+                'proj_out',
+                'conv_shortcut',
+                'samplers.0.conv',
+            ),
+            (140, 140, 140, 140, 70, 70, 17, 17, 17, 11, 11, 11, 4),
+        )
+    )
     assert len(names) == 788
 
 
@@ -153,22 +254,57 @@ def test_regional_compile_changes_nothing():
         return [y.detach(), *(p.grad.clone() for p in net.parameters())]
     plain = both()
     net.base.compile(backend='aot_eager')
-    for a, b in zip(plain, both()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*b.abs().max().item())
+    for a, b in zip(plain, both()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*b.abs().max().item())
 
 
 def counted(s):
     "Peak bytes of two iterations of the real loop, on the CPU"
     D = EpsDenoiser(make_unet(s.unet), shape=(4, s.px//8, s.px//8))
-    roles = SharedBase(D, s.rank, checkpointing=s.checkpointing) if s.kind == 'shared' else FullCopies(D, s.checkpointing, torch.bfloat16)
-    c = SDXLCond(torch.randn(s.batch, s.tokens, 16), torch.randn(s.batch, 32), micro_ids(s.batch, s.px))
+    roles = (
+        SharedBase(D, s.rank, checkpointing=s.checkpointing)
+        if s.kind == 'shared'
+        else FullCopies(D, s.checkpointing, torch.bfloat16)
+    )
+    c = SDXLCond(
+        torch.randn(s.batch, s.tokens, 16), torch.randn(s.batch, 32), micro_ids(s.batch, s.px)
+    )
     side = s.px//8//4
     head = AnySideHead((s.unet['block_out_channels'][-1], side, side)) if s.gan else None
-    conf = replace(cfg, dtype=s.dtype, ttur=1, batch=s.batch, gan_g=5e-3*s.gan, gan_d=1e-2*s.gan, guidance=8. if s.guidance else 1.)
-    dmd = DMD2(roles.teacher, roles.generator, roles.fake, conf, head=head, uncond=zero_uncond, ema=roles.average(0., 'cpu'))
+    conf = replace(
+        cfg,
+        dtype=s.dtype,
+        ttur=1,
+        batch=s.batch,
+        gan_g=5e-3 * s.gan,
+        gan_d=1e-2 * s.gan,
+        guidance=8.0 if s.guidance else 1.0,
+    )
+    dmd = DMD2(
+        roles.teacher,
+        roles.generator,
+        roles.fake,
+        conf,
+        head=head,
+        uncond=zero_uncond,
+        ema=roles.average(0.0, 'cpu'),
+    )
     spend_gradients(dmd)
-    if s.recorded: Graphs(roles.teacher.net, roles.generator.net, roles.fake.net, recorder=EchoRecorder(), share_grads=True)
+    if s.recorded:
+        Graphs(
+            roles.teacher.net,
+            roles.generator.net,
+            roles.fake.net,
+            recorder=EchoRecorder(),
+            share_grads=True,
+        )
     with MemoryMeter() as m, fused_attention():
-        m.add(*D.net.parameters(), *D.net.unet.parameters(), *(p for n in (roles.generator, roles.fake) for p in n.parameters()), *(head.parameters() if head else ()))
+        m.add(
+            *D.net.parameters(),
+            *D.net.unet.parameters(),
+            *(p for n in (roles.generator, roles.fake) for p in n.parameters()),
+            *(head.parameters() if head else ()),
+        )
         if s.ema == 'gpu': m.add(*dmd.ema.parameters())
         for _ in range(2):
             g, _ = dmd.generator_step(c)
@@ -177,22 +313,36 @@ def counted(s):
 
 
 base = Setup(unet=SMALL, px=128, dtype='float32', tokens=7, rank=4, batch=2, ema='none')
-CASES = dict(batch4=dict(batch=4), plain=dict(checkpointing=False), no_gan=dict(gan=False), rank64=dict(rank=64), large=dict(px=256), unguided=dict(guidance=False), odd_side=dict(px=192), ema=dict(ema='gpu'),
-             full=dict(kind='full', dtype='bfloat16'), full_large=dict(kind='full', dtype='bfloat16', px=256, batch=1), full_plain=dict(kind='full', dtype='bfloat16', checkpointing=False))
+CASES = dict(
+    batch4=dict(batch=4),
+    plain=dict(checkpointing=False),
+    no_gan=dict(gan=False),
+    rank64=dict(rank=64),
+    large=dict(px=256),
+    unguided=dict(guidance=False),
+    odd_side=dict(px=192),
+    ema=dict(ema='gpu'),
+    full=dict(kind='full', dtype='bfloat16'),
+    full_large=dict(kind='full', dtype='bfloat16', px=256, batch=1),
+    full_plain=dict(kind='full', dtype='bfloat16', checkpointing=False),
+)
 
 
 @pytest.mark.parametrize('change', CASES.values(), ids=CASES)
 def test_plan_within_ten_percent(change):
     "Predicted first, then counted; none of these was used to tune anything"
     s = replace(base, **change)
-    if s.kind == 'full': s = replace(s, unet=SMALL | dict(block_out_channels=(32, 64, 128)))  # weights that count beside activations
+    # weights that count beside activations
+    if s.kind == 'full': s = replace(s, unet=SMALL | dict(block_out_channels=(32, 64, 128)))
     predicted = memory_plan(s, 0).peak
     assert abs(predicted/counted(s)-1) < 0.1
 
 
 def test_rest_is_what_a_run_holds():
     s = replace(base, ema='gpu')
-    assert sum(at_rest(s).values()) == pytest.approx(sum(at_rest(replace(s, ema='cpu')).values())+at_rest(s)['ema'])
+    assert sum(at_rest(s).values()) == pytest.approx(
+        sum(at_rest(replace(s, ema='cpu')).values()) + at_rest(s)['ema']
+    )
     parts = at_rest(Setup())
     assert parts['base'] == 2*2_567_463_684 and parts['trained'] == 8*196_751_360
     assert parts['head'] == 4*(104_857_600+4*1280+4*2*1280+1281)  # the official head at 32 x 32
@@ -206,7 +356,10 @@ def test_advice_fits():
     for share in (0.9, 0.6, 0.4):
         text = advice(plan, plan.peak*share)
         assert 'fit with' in text
-        d = {k: v for k, v in (o.split('=') for o in text.split('with ')[1].split(' (')[0].split(', '))}
+        d = {
+            k: v
+            for k, v in (o.split('=') for o in text.split('with ')[1].split(' (')[0].split(', '))
+        }
         s = replace(plan.setup, **{k: eval_safe(v) for k, v in d.items()})
         assert memory_plan(s, 0).peak <= plan.peak*share
 
@@ -217,6 +370,12 @@ def eval_safe(v):
 
 
 def test_bad_setups():
-    for bad in (dict(kind='other'), dict(rank=0), dict(px=1001), dict(optim='sgd'), dict(ema='disk')):
+    for bad in (
+        dict(kind='other'),
+        dict(rank=0),
+        dict(px=1001),
+        dict(optim='sgd'),
+        dict(ema='disk'),
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))): Setup(**bad)
     with pytest.raises(ValueError, match='rank'): SharedBase(EpsDenoiser(make_unet(SMALL)), rank=0)

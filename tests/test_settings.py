@@ -31,8 +31,26 @@ def refused(name, value, *words):
 
 @pytest.mark.parametrize('name', NUMBERS)
 def test_every_number(name):
-    for bad in (math.nan, math.inf, -math.inf, True, False, None, '5', 'many', [1.], (), {}, 10**400, 1e300, 1j, torch.tensor(math.nan),
-                torch.zeros(2), np.array([1, 2]), np.bool_(True)):
+    for bad in (
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        False,
+        None,
+        '5',
+        'many',
+        [1.0],
+        (),
+        {},
+        10**400,
+        1e300,
+        1j,
+        torch.tensor(math.nan),
+        torch.zeros(2),
+        np.array([1, 2]),
+        np.bool_(True),
+    ):
         refused(name, bad)
     if name != 'seed': refused(name, -1, '-1')
 
@@ -47,7 +65,19 @@ def test_every_count(name):
 
 @pytest.mark.parametrize('name', SEVERAL)
 def test_every_list_of_numbers(name):
-    for bad in ((), [1, math.nan], [math.inf, 1], [True, False], '12', [1, '2'], [None, 1], [[1, 2], [3, 4]], {1: 2}, [1, 1e300], None):
+    for bad in (
+        (),
+        [1, math.nan],
+        [math.inf, 1],
+        [True, False],
+        '12',
+        [1, '2'],
+        [None, 1],
+        [[1, 2], [3, 4]],
+        {1: 2},
+        [1, 1e300],
+        None,
+    ):
         refused(name, bad)
     if name != 'levels':
         for bad in (0.5, [1], [1, 2, 3]): refused(name, bad, '2 numbers')
@@ -65,11 +95,18 @@ def test_what_the_numbers_mean():
     refused('rollout', 5)
     refused('dtype', torch.float16)
     refused('dtype', ['float16'])
-    with pytest.raises(ValueError, match='dm_bins 20, 980 reach outside of fake_bins 100, 900'): DMD2Config(dm_bins=(20, 980), fake_bins=(100, 900))
+    with pytest.raises(ValueError, match='dm_bins 20, 980 reach outside of fake_bins 100, 900'):
+        DMD2Config(dm_bins=(20, 980), fake_bins=(100, 900))
     assert DMD2Config(dm_bins=(20, 980), fake_bins=(100, 900), w_dm=0.).dm_bins == (20, 980)
     assert DMD2Config(lr_fake=0, clip=0, ema_halflife=0).clip == 0.
-    assert DMD2Config(levels=torch.tensor([80., 5.])).levels == (80., 5.) == DMD2Config(levels=np.array([80., 5.])).levels
-    json.dumps(asdict(DMD2Config(ttur=np.int64(3), gan_g=np.float32(.5), dm_bins=np.array([20, 980]))))
+    assert (
+        DMD2Config(levels=torch.tensor([80.0, 5.0])).levels
+        == (80.0, 5.0)
+        == DMD2Config(levels=np.array([80.0, 5.0])).levels
+    )
+    json.dumps(
+        asdict(DMD2Config(ttur=np.int64(3), gan_g=np.float32(0.5), dm_bins=np.array([20, 980])))
+    )
 
 
 @pytest.mark.parametrize('name', list(RECIPES))
@@ -85,12 +122,35 @@ def test_recipes_are_as_they_were(name):
                                         ('dtype=half', 'half'), ('warmup_fake=-1', 'negative'), ('lr_g=1,2', 'number')])
 def test_the_same_from_text(text, word):
     with pytest.raises(ValueError) as e: config_changes([text])
-    assert word in str(e.value) and f'--set {text}' in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert (
+        word in str(e.value)
+        and f'--set {text}' in str(e.value)
+        and len(str(e.value).splitlines()) == 1
+    )
 
 
 def test_text_that_is_right():
-    got = config_changes(['seed=9007199254740993', 'ttur=3', 'lr_g=1e-4', 'levels=80,5', 'dm_bins=20,900', 'betas_g=0,.9', 'dtype=float16', 'levels=80'])
-    assert got == dict(seed=9007199254740993, ttur=3, lr_g=1e-4, levels=(80.,), dm_bins=(20, 900), betas_g=(0., .9), dtype='float16')
+    got = config_changes(
+        [
+            'seed=9007199254740993',
+            'ttur=3',
+            'lr_g=1e-4',
+            'levels=80,5',
+            'dm_bins=20,900',
+            'betas_g=0,.9',
+            'dtype=float16',
+            'levels=80',
+        ]
+    )
+    assert got == dict(
+        seed=9007199254740993,
+        ttur=3,
+        lr_g=1e-4,
+        levels=(80.0,),
+        dm_bins=(20, 900),
+        betas_g=(0.0, 0.9),
+        dtype='float16',
+    )
 
 
 @pytest.mark.parametrize('change', [dict(iters=0), dict(iters=2.5), dict(n_eval=True), dict(holdout=1.5), dict(decay=math.nan), dict(every=dict(log=-1)),
@@ -100,17 +160,25 @@ def test_text_that_is_right():
                                     dict(four=dict(lr_g=math.nan)), dict(n_watch='500')])
 def test_a_recipe_is_checked_too(change):
     with pytest.raises(ValueError) as e: replace(RECIPES['fashion16'], **change)
-    assert len(str(e.value).splitlines()) == 1 and any(w in str(e.value) for w in (next(iter(change)), "'half'", 'lr_g'))
+    assert len(str(e.value).splitlines()) == 1 and any(
+        w in str(e.value) for w in (next(iter(change)), "'half'", 'lr_g')
+    )
 
 
 def small(**kw):
     torch.manual_seed(0)
-    return DMD2.from_teacher(ring(), replace(toy_config, batch=8, warmup_fake=0, **kw), init=EDMPrecond(ToyNet(width=8), sigma_data=1.4, sigma_max=20.))
+    return DMD2.from_teacher(
+        ring(),
+        replace(toy_config, batch=8, warmup_fake=0, **kw),
+        init=EDMPrecond(ToyNet(width=8), sigma_data=1.4, sigma_max=20.0),
+    )
 
 
 def reals(n=8):
     i = 0
-    while True: yield ring().sample(n, seed=i), None; i += 1
+    while True:
+        yield ring().sample(n, seed=i), None
+        i += 1
 
 
 def test_clip_0_is_no_clipping():
@@ -128,10 +196,13 @@ def test_clip_0_is_no_clipping():
 def test_gan_weight_puts_the_step_back():
     dmd = small(gan_g=.1, gan_d=.1)
     dmd.step = 7
-    def broken(): yield None; raise OSError('the disk is gone')
+    def broken():
+        yield None
+        raise OSError('the disk is gone')
     with pytest.raises(OSError): calibrate_gan_weight(dmd, broken())
     assert dmd.step == 7
-    with pytest.raises(ValueError, match='conds ended after 2 batches of the 4 wanted'): calibrate_gan_weight(dmd, [None, None])
+    with pytest.raises(ValueError, match='conds ended after 2 batches of the 4 wanted'):
+        calibrate_gan_weight(dmd, [None, None])
     assert dmd.step == 7
     for bad in (0, 2.5, True):
         with pytest.raises(ValueError, match='batches'): calibrate_gan_weight(dmd, batches=bad)
@@ -139,8 +210,12 @@ def test_gan_weight_puts_the_step_back():
 
 
 # -- what is set for all of PyTorch --
-ODD = dict(float64=(lambda: torch.set_default_dtype(torch.float64), 'float64'), float16=(lambda: torch.set_default_dtype(torch.float16), 'float16'),
-           bfloat16=(lambda: torch.set_default_dtype(torch.bfloat16), 'bfloat16'), device=(lambda: torch.set_default_device('meta'), 'meta'))
+ODD = dict(
+    float64=(lambda: torch.set_default_dtype(torch.float64), 'float64'),
+    float16=(lambda: torch.set_default_dtype(torch.float16), 'float16'),
+    bfloat16=(lambda: torch.set_default_dtype(torch.bfloat16), 'bfloat16'),
+    device=(lambda: torch.set_default_device('meta'), 'meta'),
+)
 
 
 @pytest.fixture
@@ -150,7 +225,9 @@ def as_before():
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision('highest')
-    assert torch_settings() == torch_settings() | dict(default_dtype='float32', default_device='cpu', deterministic=False)
+    assert torch_settings() == torch_settings() | dict(
+        default_dtype='float32', default_device='cpu', deterministic=False
+    )
 
 
 @pytest.mark.parametrize('name', ODD)
@@ -163,7 +240,11 @@ def test_global_settings_are_refused(name, as_before):
 
 
 def test_modes_are_refused():
-    for mode, word in ((torch.no_grad(), 'no_grad'), (torch.inference_mode(), 'inference'), (torch.autocast('cpu', torch.bfloat16), 'autocast')):
+    for mode, word in (
+        (torch.no_grad(), 'no_grad'),
+        (torch.inference_mode(), 'inference'),
+        (torch.autocast('cpu', torch.bfloat16), 'autocast'),
+    ):
         dmd = small()
         with mode, pytest.raises(ValueError, match=word): next(train(dmd, None, 1))
 
@@ -171,7 +252,12 @@ def test_modes_are_refused():
 def test_float64_throughout_is_no_fault(as_before):
     torch.set_default_dtype(torch.float64)
     check_torch(torch.float64)
-    dmd = DMD2.from_teacher(ring(), replace(toy_config, batch=8, warmup_fake=0, dtype='float64'), init=EDMPrecond(ToyNet(width=8)), shape=(2,))
+    dmd = DMD2.from_teacher(
+        ring(),
+        replace(toy_config, batch=8, warmup_fake=0, dtype='float64'),
+        init=EDMPrecond(ToyNet(width=8)),
+        shape=(2,),
+    )
     assert next(iter(dmd.G.parameters())).dtype == torch.float64
 
 
@@ -184,7 +270,11 @@ def test_plain_torch(as_before):
     torch.set_float32_matmul_precision('high')
     mine = torch_settings()
     with pytest.raises(OSError), torch.no_grad(), plain_torch():
-        assert torch_settings() == start and torch.zeros(1).dtype == torch.float32 and torch.is_grad_enabled()
+        assert (
+            torch_settings() == start
+            and torch.zeros(1).dtype == torch.float32
+            and torch.is_grad_enabled()
+        )
         check_torch()
         raise OSError
     assert torch_settings() == mine and torch.is_deterministic_algorithms_warn_only_enabled()
@@ -195,7 +285,8 @@ def test_a_run_goes_on_under_the_settings_it_had(tmp_path, as_before):
     for _ in train(dmd, None, 2): pass
     save_state(dmd, tmp_path/'run')
     torch.set_float32_matmul_precision('high')
-    with pytest.raises(ValueError, match='matmul_precision highest instead of high'): load_state(small(), tmp_path/'run')
+    with pytest.raises(ValueError, match='matmul_precision highest instead of high'):
+        load_state(small(), tmp_path/'run')
     torch.set_float32_matmul_precision('highest')
     load_state(again := small(), tmp_path/'run')
     assert again.step == 2
@@ -207,11 +298,16 @@ def test_streams_of_neighbouring_seeds_have_nothing_in_common():
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
     assert len({s % 2**32 for s in seeds}) == len(seeds)
     assert stream_seed(3, 'conds') == stream_seed(3, 'conds')
-    assert not torch.equal(torch.rand(8, generator=rng(0, 'a')), torch.rand(8, generator=rng(0, 'b')))
+    assert not torch.equal(
+        torch.rand(8, generator=rng(0, 'a')), torch.rand(8, generator=rng(0, 'b'))
+    )
 
 
 def test_what_rng_promises():
     "On the CPU two seeds that agree in 32 bits are one stream, as the docstring says; and the draws of named steps stay what they were"
     a, b = (torch.rand(8, generator=torch.Generator().manual_seed(s)) for s in (5, 5+2**32))
     assert torch.equal(a, b) and '32' in rng.__doc__
-    assert [rng(*k).initial_seed() for k in ((0, 7), (-1, 2))] == [8508275851452630554, 8848328423248327416]
+    assert [rng(*k).initial_seed() for k in ((0, 7), (-1, 2))] == [
+        8508275851452630554,
+        8848328423248327416,
+    ]

@@ -8,7 +8,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dmd2_nb.system.safe_pickle import RefusedPickle
-from dmd2_nb.system.tensors import check_fit, load_into, misfit, one_dtype, plain_names, read_shapes, read_state_dict, weight_files
+from dmd2_nb.system.tensors import (
+    check_fit,
+    load_into,
+    misfit,
+    one_dtype,
+    plain_names,
+    read_shapes,
+    read_state_dict,
+    weight_files,
+)
 
 
 def net(seed=0):
@@ -25,7 +34,10 @@ def quiet(source, **kw): return read_state_dict(source, say=None, **kw)
 
 def same(got, want=own):
     assert set(got) == set(want)
-    for k, v in want.items(): assert torch.equal(got[k], v) and got[k].dtype == v.dtype and type(got[k]) is torch.Tensor, k
+    for k, v in want.items():
+        assert (
+            torch.equal(got[k], v) and got[k].dtype == v.dtype and type(got[k]) is torch.Tensor
+        ), k
 
 
 def old(o, path): torch.save(o, path, _use_new_zipfile_serialization=False)
@@ -44,24 +56,53 @@ def test_files(write, name, tmp_path):
 @pytest.mark.parametrize('write', [new, old])
 def test_parameters_views_and_shared_tensors(write, tmp_path):
     w = torch.arange(12.).reshape(3, 4)
-    write(dict(p=nn.Parameter(w), t=w.T, row=w[1], empty=torch.empty(0, 3), half=w.bfloat16(), flag=torch.tensor(True), long=torch.arange(3)), tmp_path/'a.pt')
-    same(quiet(tmp_path/'a.pt'), dict(p=w, t=w.T, row=w[1], empty=torch.empty(0, 3), half=w.bfloat16(), flag=torch.tensor(True), long=torch.arange(3)))
+    write(
+        dict(
+            p=nn.Parameter(w),
+            t=w.T,
+            row=w[1],
+            empty=torch.empty(0, 3),
+            half=w.bfloat16(),
+            flag=torch.tensor(True),
+            long=torch.arange(3),
+        ),
+        tmp_path / 'a.pt',
+    )
+    same(
+        quiet(tmp_path / 'a.pt'),
+        dict(
+            p=w,
+            t=w.T,
+            row=w[1],
+            empty=torch.empty(0, 3),
+            half=w.bfloat16(),
+            flag=torch.tensor(True),
+            long=torch.arange(3),
+        ),
+    )
 
 
 @pytest.mark.parametrize('start', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'module.module.', '_fsdp_wrapped_module.', '_orig_mod._orig_mod.'])
 @pytest.mark.parametrize('write', [new, safe])
 def test_prefixes(start, write, tmp_path):
-    write({start+k: v for k, v in own.items()}, tmp_path/('a.safetensors' if write is safe else 'a.pt'))
+    write(
+        {start + k: v for k, v in own.items()},
+        tmp_path / ('a.safetensors' if write is safe else 'a.pt'),
+    )
     same(quiet(tmp_path))
     assert read_shapes(tmp_path, say=None) == shapes
 
 
 def test_prefixes_inside_and_names_that_only_look_like_them():
     t = torch.zeros(1)
-    assert list(plain_names({'down._orig_mod.conv.weight': t, 'up.0._checkpoint_wrapped_module.w': t}, 'x')) == ['down.conv.weight', 'up.0.w']
+    assert list(
+        plain_names({'down._orig_mod.conv.weight': t, 'up.0._checkpoint_wrapped_module.w': t}, 'x')
+    ) == ['down.conv.weight', 'up.0.w']
     assert list(plain_names({'module.a': t, 'head': t}, 'x')) == ['module.a', 'head']
-    assert list(plain_names({'n_averaged': t, 'module.a': t}, 'x')) == ['a']  # torch.optim.swa_utils.AveragedModel
-    with pytest.raises(ValueError, match='x holds a twice'): plain_names({'_orig_mod.a': t, 'a': t}, 'x')
+    # torch.optim.swa_utils.AveragedModel
+    assert list(plain_names({'n_averaged': t, 'module.a': t}, 'x')) == ['a']
+    with pytest.raises(ValueError, match='x holds a twice'):
+        plain_names({'_orig_mod.a': t, 'a': t}, 'x')
 
 
 @pytest.mark.parametrize('ending', ['safetensors', 'bin'])
@@ -70,13 +111,23 @@ def test_sharded_folder(ending, tmp_path):
     stem = 'diffusion_pytorch_model' if ending == 'safetensors' else 'pytorch_model'
     names = sorted(own)
     parts = {f'{stem}-0000{i+1}-of-00002.{ending}': names[i::2] for i in range(2)}
-    for f, ks in parts.items(): (safe if ending == 'safetensors' else new)({k: own[k] for k in ks}, tmp_path/f)
+    for f, ks in parts.items():
+        (safe if ending == 'safetensors' else new)({k: own[k] for k in ks}, tmp_path/f)
     index = tmp_path/f'{stem}.{ending}.index.json'
-    text = json.dumps(dict(metadata=dict(total_size=1), weight_map={k: f for f, ks in parts.items() for k in ks}))
+    text = json.dumps(
+        dict(metadata=dict(total_size=1), weight_map={k: f for f, ks in parts.items() for k in ks})
+    )
     index.write_text(text)
-    same(quiet(tmp_path)); same(quiet(index))
+    same(quiet(tmp_path))
+    same(quiet(index))
     assert read_shapes(tmp_path) == shapes
-    for bad in ('{', '[]', '{"weight_map": {"a": "../b"}}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}'):
+    for bad in (
+        '{',
+        '[]',
+        '{"weight_map": {"a": "../b"}}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+    ):
         index.write_text(bad)
         with pytest.raises(ValueError, match='index.json is damaged'): quiet(tmp_path)
     index.write_text(text.replace(names[0], 'other'))
@@ -92,7 +143,12 @@ def test_sharded_folder(ending, tmp_path):
 def test_diffusers_and_transformers_folders(tmp_path):
     from dmd2_nb.sdxl.adapter import make_unet
     unet = make_unet()
-    for k, kw in dict(whole={}, sharded=dict(max_shard_size='300KB'), half=dict(variant='fp16'), pickled=dict(safe_serialization=False)).items():
+    for k, kw in dict(
+        whole={},
+        sharded=dict(max_shard_size='300KB'),
+        half=dict(variant='fp16'),
+        pickled=dict(safe_serialization=False),
+    ).items():
         unet.save_pretrained(tmp_path/k, **kw)
         same(quiet(tmp_path/k), unet.state_dict())
     assert len(list((tmp_path/'sharded').glob('*.safetensors'))) > 1
@@ -100,15 +156,24 @@ def test_diffusers_and_transformers_folders(tmp_path):
 
 def test_accelerate_folder(tmp_path, capsys):
     "Weights beside the state of optimiser, schedule and random numbers, and a second network"
-    safe(own, tmp_path/'model.safetensors'); safe(net(1).state_dict(), tmp_path/'model_1.safetensors')
-    new(dict(state={}, param_groups=[]), tmp_path/'optimizer.bin'); new(dict(step=1), tmp_path/'scheduler.bin')
+    safe(own, tmp_path/'model.safetensors')
+    safe(net(1).state_dict(), tmp_path/'model_1.safetensors')
+    new(dict(state={}, param_groups=[]), tmp_path/'optimizer.bin')
+    new(dict(step=1), tmp_path/'scheduler.bin')
     (tmp_path/'random_states_0.pkl').write_bytes(b'\x80\x04N.')
     same(read_state_dict(tmp_path))
-    assert 'reading model.safetensors; also there: model_1.safetensors\n' in (said := capsys.readouterr().out) and said.count('\n') == 1
+    assert (
+        'reading model.safetensors; also there: model_1.safetensors\n'
+        in (said := capsys.readouterr().out)
+        and said.count('\n') == 1
+    )
     (tmp_path/'pytorch_model.bin').write_bytes(b'')
     same(quiet(tmp_path))  # safetensors before pickles
-    (tmp_path/'pytorch_model_1').mkdir(); (tmp_path/'pytorch_model_1'/'.metadata').write_bytes(b'x'); (tmp_path/'pytorch_model_1'/'__0_0.distcp').write_bytes(b'x')
-    with pytest.raises(ValueError, match='in pieces.*merge-weights'): quiet(tmp_path/'pytorch_model_1')
+    (tmp_path/'pytorch_model_1').mkdir()
+    (tmp_path/'pytorch_model_1'/'.metadata').write_bytes(b'x')
+    (tmp_path/'pytorch_model_1'/'__0_0.distcp').write_bytes(b'x')
+    with pytest.raises(ValueError, match='in pieces.*merge-weights'):
+        quiet(tmp_path/'pytorch_model_1')
     (tmp_path/'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='holds no file of weights'): quiet(tmp_path/'empty')
     with pytest.raises(FileNotFoundError, match='nothing is missing'): quiet(tmp_path/'nothing')
@@ -122,10 +187,12 @@ def test_checkpoints_of_training_programs(tmp_path, capsys):
         same(read_state_dict(tmp_path/'a.pt'))
         assert capsys.readouterr().out == f"{tmp_path/'a.pt'}: reading '{name}'\n"
     new(dict(model=own, ema={f'module.{k}': v+1 for k, v in own.items()}) | extra, tmp_path/'a.pt')
-    with pytest.raises(ValueError, match='several state dicts: say part= one of model, ema'): quiet(tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='several state dicts: say part= one of model, ema'):
+        quiet(tmp_path/'a.pt')
     same(quiet(tmp_path/'a.pt', part='model'))
     same(quiet(tmp_path/'a.pt', part='ema'), {k: v+1 for k, v in own.items()})
-    with pytest.raises(ValueError, match="no part 'unet': it holds model, ema"): quiet(tmp_path/'a.pt', part='unet')
+    with pytest.raises(ValueError, match="no part 'unet': it holds model, ema"):
+        quiet(tmp_path/'a.pt', part='unet')
     new(dict(checkpoint=dict(state_dict=own)), tmp_path/'a.pt')
     same(quiet(tmp_path/'a.pt'))
 
@@ -134,7 +201,8 @@ def test_checkpoints_of_training_programs(tmp_path, capsys):
 @pytest.mark.parametrize('write', [new, old])
 def test_no_state_dict(what, write, tmp_path):
     write(what, tmp_path/'a.pt')
-    with pytest.raises(ValueError, match='a.pt: not a state dict|asks for') as e: quiet(tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='a.pt: not a state dict|asks for') as e:
+        quiet(tmp_path/'a.pt')
     assert len(str(e.value)) < 600
 
 
@@ -144,7 +212,8 @@ def test_nothing_is_executed(write, tmp_path, monkeypatch):
     class Calls:
         def __reduce__(self): return os.mkdir, ('owned',)
     write(dict(own, x=Calls()), tmp_path/'a.pt')
-    with pytest.raises(RefusedPickle, match="asks for 'posix.mkdir'|asks for 'nt.mkdir'"): quiet(tmp_path/'a.pt')
+    with pytest.raises(RefusedPickle, match="asks for 'posix.mkdir'|asks for 'nt.mkdir'"):
+        quiet(tmp_path/'a.pt')
     assert not (tmp_path/'owned').exists()
     write(net(), tmp_path/'a.pt')
     with pytest.raises(ValueError, match="torch.nn.modules|its source code"): quiet(tmp_path/'a.pt')
@@ -181,23 +250,41 @@ def test_fp8_is_widened_exactly(kind, write, tmp_path):
     every = every[every.float().isfinite()]
     write(dict(w=every, b=torch.zeros(3)), p)
     got = quiet(p)
-    assert got['w'].dtype == torch.bfloat16 and torch.equal(got['w'].float(), every.float()) and got['b'].dtype == torch.float32
+    assert (
+        got['w'].dtype == torch.bfloat16
+        and torch.equal(got['w'].float(), every.float())
+        and got['b'].dtype == torch.float32
+    )
 
 
 def test_fp8_scales(tmp_path):
     w = torch.randn(4, 3)
-    def file(**more): safe({'a.weight': w.to(torch.float8_e4m3fn), 'a.bias': w[0]} | {k.replace('__', '.'): v for k, v in more.items()}, tmp_path/'a.safetensors'); return quiet(tmp_path)
+    def file(**more):
+        safe(
+            {'a.weight': w.to(torch.float8_e4m3fn), 'a.bias': w[0]}
+            | {k.replace('__', '.'): v for k, v in more.items()},
+            tmp_path / 'a.safetensors',
+        )
+        return quiet(tmp_path)
     eight = w.to(torch.float8_e4m3fn).float()
-    got = file(a__scale_weight=torch.tensor([0.5]), a__scale_input=torch.tensor(3.), scaled_fp8=torch.zeros(2).to(torch.float8_e4m3fn))
+    got = file(
+        a__scale_weight=torch.tensor([0.5]),
+        a__scale_input=torch.tensor(3.0),
+        scaled_fp8=torch.zeros(2).to(torch.float8_e4m3fn),
+    )
     assert set(got) == {'a.weight', 'a.bias'} and torch.equal(got['a.weight'], eight*0.5)
     rows = torch.tensor([1., 2., 3., 4.])
     assert torch.equal(file(a__weight_scale=rows)['a.weight'], eight*rows[:, None])
-    with pytest.raises(ValueError, match='no scale for a.weight'): file(a__scale_weight=torch.ones(2, 2))
-    with pytest.raises(ValueError, match='quantised.*a.weight.absmax'): file(a__weight__absmax=torch.ones(2))
+    with pytest.raises(ValueError, match='no scale for a.weight'):
+        file(a__scale_weight=torch.ones(2, 2))
+    with pytest.raises(ValueError, match='quantised.*a.weight.absmax'):
+        file(a__weight__absmax=torch.ones(2))
 
 
 def test_one_dtype():
-    got = one_dtype(dict(a=torch.zeros(2, dtype=torch.bfloat16), b=torch.zeros(2), n=torch.arange(2)))
+    got = one_dtype(
+        dict(a=torch.zeros(2, dtype=torch.bfloat16), b=torch.zeros(2), n=torch.arange(2))
+    )
     assert [v.dtype for v in got.values()] == [torch.float32, torch.float32, torch.int64]
     assert one_dtype(got, torch.float16)['b'].dtype == torch.float16
 
@@ -212,12 +299,26 @@ def test_tensors_of_several_processes(tmp_path):
         mesh = init_device_mesh('cpu', (1,))
         w = torch.arange(6.).reshape(2, 3)
         for write in (new, old):
-            write(dict(a=distribute_tensor(w, mesh, [Shard(0)]), b=distribute_tensor(w, mesh, [Replicate()])), tmp_path/'a.pt')
+            write(
+                dict(
+                    a=distribute_tensor(w, mesh, [Shard(0)]),
+                    b=distribute_tensor(w, mesh, [Replicate()]),
+                ),
+                tmp_path / 'a.pt',
+            )
             same(quiet(tmp_path/'a.pt'), dict(a=w, b=w))
         from torch.distributed.tensor import DTensor
-        torch.save(dict(a=DTensor.from_local(w, mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 3)), stride=(3, 1))), tmp_path/'p.pt')
+        torch.save(
+            dict(
+                a=DTensor.from_local(
+                    w, mesh, [Shard(0)], run_check=False, shape=torch.Size((4, 3)), stride=(3, 1)
+                )
+            ),
+            tmp_path / 'p.pt',
+        )
     finally: dist.destroy_process_group()
-    with pytest.raises(ValueError, match=r'pieces of tensors.*a: \(2, 3\) of \(4, 3\)'): quiet(tmp_path/'p.pt')
+    with pytest.raises(ValueError, match=r'pieces of tensors.*a: \(2, 3\) of \(4, 3\)'):
+        quiet(tmp_path/'p.pt')
 
 
 # -- what does not fit --
@@ -243,8 +344,10 @@ def change(**k): return own | k
 def test_likely_cause(given, cause):
     text = misfit(own, given)
     assert cause in text and len(text) <= 480
-    assert text == misfit(shapes, {k: tuple(v.shape) for k, v in given.items()})  # shapes are enough
-    with pytest.raises(ValueError, match='a.pt does not fit this network: ') as e: check_fit(own, given, 'a.pt', ' this network')
+    # shapes are enough
+    assert text == misfit(shapes, {k: tuple(v.shape) for k, v in given.items()})
+    with pytest.raises(ValueError, match='a.pt does not fit this network: ') as e:
+        check_fit(own, given, 'a.pt', ' this network')
     assert len(str(e.value)) <= 600
 
 

@@ -7,11 +7,25 @@ import torch
 
 from dmd2_nb.system.checkpoint import load_folder, steps
 
-pytestmark = [pytest.mark.skipif(not Path('/proc/self/stat').exists() or not torch.distributed.is_available(), reason='processes are looked up in /proc'),
-              pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1')]
+pytestmark = [
+    pytest.mark.skipif(
+        not Path('/proc/self/stat').exists() or not torch.distributed.is_available(),
+        reason='processes are looked up in /proc',
+    ),
+    pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1'),
+]
 ITERS, SILENCE = 300, 4
-command = [sys.executable, '-m', 'dmd2_nb.cli', 'distill', 'fashion16', *('--device cpu --features pixels --batch 4 --eval-n 8 --save-every 14 --eval-every 0 --keep-state --nproc 2 '
-           f'--iters {ITERS} --set warmup_fake=4 --set gan_start=3 --silence {SILENCE}').split()]
+command = [
+    sys.executable,
+    '-m',
+    'dmd2_nb.cli',
+    'distill',
+    'fashion16',
+    *(
+        '--device cpu --features pixels --batch 4 --eval-n 8 --save-every 14 --eval-every 0 --keep-state --nproc 2 '
+        f'--iters {ITERS} --set warmup_fake=4 --set gan_start=3 --silence {SILENCE}'
+    ).split(),
+]
 
 
 def children(pid):
@@ -36,24 +50,41 @@ class Command:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         root = str(Path(__file__).resolve().parent.parent)
-        env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]).strip(os.pathsep))
-        had = self.rows()  # of the run that it goes on from, which may have come further than was asked for
-        self.p = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env = os.environ | dict(
+            OMP_NUM_THREADS='1',
+            PYTHONPATH=os.pathsep.join([root, os.environ.get('PYTHONPATH', '')]).strip(os.pathsep),
+        )
+        # of the run that it goes on from, which may have come further than was asked for
+        had = self.rows()
+        self.p = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         if not after: return
         begun = time.time()
-        while self.rows() < max(after, had+1) and self.p.poll() is None and time.time() < begun+100: time.sleep(0.02)
+        while self.rows() < max(after, had+1) and self.p.poll() is None and time.time() < begun+100:
+            time.sleep(0.02)
         assert self.p.poll() is None, self.p.communicate()
         start, = children(self.p.pid)
         self.all, self.ranks = below(self.p.pid), children(start)[:2]
     def rows(self):
         log = self.folder/'runs'/'fashion16-1'/'log.csv'
-        return int((log.read_text().splitlines()[-1:] or ['step'])[0].split(',')[0].replace('step', '0') or 0) if log.exists() else 0
+        return (
+            int(
+                (log.read_text().splitlines()[-1:] or ['step'])[0]
+                .split(',')[0]
+                .replace('step', '0')
+                or 0
+            )
+            if log.exists()
+            else 0
+        )
     def end(self, timeout=100):
         "Exit code, what it said last, seconds; nothing that it started is left"
         begun = time.time()
         out, err = self.p.communicate(timeout=timeout)
         took = time.time()-begun
-        while any(map(alive, getattr(self, 'all', ()))) and time.time() < begun+took+10: time.sleep(0.05)
+        while any(map(alive, getattr(self, 'all', ()))) and time.time() < begun+took+10:
+            time.sleep(0.05)
         assert not [o for o in getattr(self, 'all', ()) if alive(o)], 'orphans'
         return self.p.returncode, err.strip(), took
 
@@ -66,13 +97,24 @@ def digest(folder):
     h = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name, d in sorted(tensors.items()):
         if name == 'ranks': continue  # generators of the processes, not of the run
-        for k, v in sorted(d.items()): h.update(f'{name} {k} {v.dtype}'.encode()); h.update(v.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    for line in (run/'log.csv').read_text().splitlines(): cells = line.split(','); h.update(','.join(cells[:1]+cells[2:]).encode())
-    h.update(json.dumps(json.loads((run/'metrics.json').read_text())['rows'], sort_keys=True).encode())
+        for k, v in sorted(d.items()):
+            h.update(f'{name} {k} {v.dtype}'.encode())
+            h.update(v.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for line in (run/'log.csv').read_text().splitlines():
+        cells = line.split(',')
+        h.update(','.join(cells[:1]+cells[2:]).encode())
+    h.update(
+        json.dumps(json.loads((run / 'metrics.json').read_text())['rows'], sort_keys=True).encode()
+    )
     return h.hexdigest()
 
 
-def left(folder): return sorted(p.name for p in (folder/'runs').rglob('*') if re.search(r'tmp|\.old|\.gone|\.lock', p.name))
+def left(folder):
+    return sorted(
+        p.name
+        for p in (folder / 'runs').rglob('*')
+        if re.search(r'tmp|\.old|\.gone|\.lock', p.name)
+    )
 
 
 @pytest.fixture(scope='module')
@@ -87,21 +129,40 @@ def unbroken(tmp_path_factory):
 def seen(tmp_path_factory, unbroken):
     "One run that is asked to leave twice, loses a process, has one that stands still, loses its parent, and at last may end"
     folder, out = tmp_path_factory.mktemp('broken'), {}
-    for name, after, act in (('SIGTERM', 40, lambda c: c.p.send_signal(signal.SIGTERM)), ('SIGINT', 80, lambda c: c.p.send_signal(signal.SIGINT)),
-                             ('killed', 120, lambda c: os.kill(c.ranks[1], signal.SIGKILL)), ('still', 160, lambda c: os.kill(c.ranks[1], signal.SIGSTOP)),
-                             ('parent', 200, lambda c: os.kill(c.p.pid, signal.SIGKILL))):
+    for name, after, act in (
+        ('SIGTERM', 40, lambda c: c.p.send_signal(signal.SIGTERM)),
+        ('SIGINT', 80, lambda c: c.p.send_signal(signal.SIGINT)),
+        ('killed', 120, lambda c: os.kill(c.ranks[1], signal.SIGKILL)),
+        ('still', 160, lambda c: os.kill(c.ranks[1], signal.SIGSTOP)),
+        ('parent', 200, lambda c: os.kill(c.p.pid, signal.SIGKILL)),
+    ):
         c = Command(folder, after)
         act(c)
         code, err, took = c.end()
-        out[name] = dict(code=code, err=err, took=took, at=[int(p.name[5:]) for p in steps(folder/'runs'/'fashion16-1'/'state')])
+        out[name] = dict(
+            code=code,
+            err=err,
+            took=took,
+            at=[int(p.name[5:]) for p in steps(folder / 'runs' / 'fashion16-1' / 'state')],
+        )
     new, old = steps(folder/'runs'/'fashion16-1'/'state')
     file = sorted((new/'fake').glob('*.safetensors'))[-1]
     data = file.read_bytes()
-    file.write_bytes(data[:-9]+bytes([data[-9] ^ 4])+data[-8:])  # and the newest checkpoint has a wrong bit
+    # and the newest checkpoint has a wrong bit
+    file.write_bytes(data[:-9]+bytes([data[-9] ^ 4])+data[-8:])
     c = Command(folder)
     said, err = c.p.communicate(timeout=100)
     code = c.p.returncode
-    return out | dict(damaged=dict(said=said, file=str(file.relative_to(new.parent)), old=old.name), end=dict(code=code, err=err, digest=digest(folder), left=left(folder), runs=len(list((folder/'runs').iterdir()))))
+    return out | dict(
+        damaged=dict(said=said, file=str(file.relative_to(new.parent)), old=old.name),
+        end=dict(
+            code=code,
+            err=err,
+            digest=digest(folder),
+            left=left(folder),
+            runs=len(list((folder / 'runs').iterdir())),
+        ),
+    )
 
 
 def test_ends_in_the_same_bits(seen, unbroken):
@@ -115,7 +176,10 @@ def test_asked_to_leave(seen, name, code):
     "One line for all processes, the documented exit code, and a checkpoint of that iteration"
     o = seen[name]
     assert o['code'] == code
-    found = re.fullmatch(rf'dmd2_distill: stopped by {name} at iteration (\d+), which is saved; the same command goes on from the last checkpoint', o['err'])
+    found = re.fullmatch(
+        rf'dmd2_distill: stopped by {name} at iteration (\d+), which is saved; the same command goes on from the last checkpoint',
+        o['err'],
+    )
     assert found and int(found[1]) == o['at'][0], o
 
 
@@ -123,13 +187,20 @@ def test_killed_process(seen):
     "The run ends soon, with one line that names it"
     o = seen['killed']
     assert o['code'] == 2 and o['took'] < 45
-    assert o['err'] == 'dmd2_distill: rank 1 died: signal SIGKILL; the same command goes on from the last checkpoint', o
+    assert (
+        o['err']
+        == 'dmd2_distill: rank 1 died: signal SIGKILL; the same command goes on from the last checkpoint'
+    ), o
 
 
 def test_process_that_stands_still(seen):
     o = seen['still']
-    assert o['code'] == 2 and SILENCE-2 < o['took'] < SILENCE+20  # it was last heard of up to a second before
-    assert o['err'] == f'dmd2_distill: rank 1 has given no sign of life for {SILENCE} s (stopped, or cut off); the same command goes on from the last checkpoint', o
+    # it was last heard of up to a second before
+    assert o['code'] == 2 and SILENCE-2 < o['took'] < SILENCE+20
+    assert (
+        o['err']
+        == f'dmd2_distill: rank 1 has given no sign of life for {SILENCE} s (stopped, or cut off); the same command goes on from the last checkpoint'
+    ), o
 
 
 def test_killed_parent(seen):
@@ -141,10 +212,16 @@ def test_damaged_newest(seen):
     "A wrong bit in a piece of one process: the file is named, the checkpoint before is taken"
     o = seen['damaged']
     line = next(l for l in o['said'].splitlines() if 'cannot be used' in l)
-    assert f"{o['file']} is damaged (its sum differs)" in line and f"going on from {o['old']}" in line, line
+    assert (
+        f"{o['file']} is damaged (its sum differs)" in line and f"going on from {o['old']}" in line
+    ), line
 
 
 def test_no_card_is_asked_for_before_the_fork():
     "Processes that are forked could not use a GPU after that"
     code = "import torch\ndef no(*a, **k): raise SystemExit('asked')\nfor n in ('is_available', 'device_count', '_lazy_init', 'get_device_capability'): setattr(torch.cuda, n, no)\nimport dmd2_nb.cli, dmd2_nb.jobs, dmd2_nb.recipes, dmd2_nb.imagenet64"
-    assert not subprocess.run([sys.executable, '-c', code], capture_output=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent))).returncode
+    assert not subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        env=os.environ | dict(PYTHONPATH=str(Path(__file__).resolve().parent.parent)),
+    ).returncode

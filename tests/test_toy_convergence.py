@@ -19,8 +19,23 @@ from dmd2_nb.train import train
 
 runs = Path(__file__).resolve().parent.parent/'data'/'runs'
 n, mix = 512, ring(8)
-cfg = DMD2Config(levels=(2.5,), ttur=3, batch=256, lr_g=1e-3, lr_fake=2e-3, betas_g=(0.,0.99), betas_fake=(0.,0.99), gan_g=0., gan_d=0.,
-                 dm_bins=(150,650), fake_bins=(50,750), warmup_fake=50, ema_halflife=30, dtype='float32', seed=1)
+cfg = DMD2Config(
+    levels=(2.5,),
+    ttur=3,
+    batch=256,
+    lr_g=1e-3,
+    lr_fake=2e-3,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    gan_g=0.0,
+    gan_d=0.0,
+    dm_bins=(150, 650),
+    fake_bins=(50, 750),
+    warmup_fake=50,
+    ema_halflife=30,
+    dtype='float32',
+    seed=1,
+)
 
 
 @pytest.fixture(scope='module')
@@ -30,8 +45,15 @@ def net():
     D = EDMPrecond(ToyNet(width=64, depth=3), sigma_data=mix.std, sigma_max=20.)
     opt = torch.optim.Adam(D.parameters(), 2e-3)
     for i in range(150):
-        loss = dsm_loss(D, mix.sample(256, seed=i), sample_sigma(D, 256, generator=rng(i)), noise=torch.randn(256, 2, generator=rng(i, 1)))
-        opt.zero_grad(); loss.backward(); opt.step()
+        loss = dsm_loss(
+            D,
+            mix.sample(256, seed=i),
+            sample_sigma(D, 256, generator=rng(i)),
+            noise=torch.randn(256, 2, generator=rng(i, 1)),
+        )
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
     return D
 
 
@@ -43,7 +65,11 @@ def floor():
 
 def distance(net, updates):
     "Sliced Wasserstein distance to the data before and after a run"
-    dmd, z, ref = DMD2.from_teacher(mix, cfg, init=net), torch.randn(n, 2, generator=rng(7)), mix.sample(n, seed=7)
+    dmd, z, ref = (
+        DMD2.from_teacher(mix, cfg, init=net),
+        torch.randn(n, 2, generator=rng(7)),
+        mix.sample(n, seed=7),
+    )
     def now(): return sliced_wasserstein(few_step_sample(dmd.ema, z, dmd.sigmas), ref)
     start = now()
     for _ in train(dmd, None, cfg.warmup_fake+cfg.ttur*updates): pass
@@ -68,7 +94,25 @@ def test_logs_are_whole(path):
     "Each row of a log has each column, and no run is logged twice"
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
     assert rows and all(None not in r and None not in r.values() for r in rows)
-    numbers = {'sw','mmd','cover','near','least','kl','seconds','precision','recall','x','y','zx','zy','mean','cloud','points','exact_kl'}
+    numbers = {
+        'sw',
+        'mmd',
+        'cover',
+        'near',
+        'least',
+        'kl',
+        'seconds',
+        'precision',
+        'recall',
+        'x',
+        'y',
+        'zx',
+        'zy',
+        'mean',
+        'cloud',
+        'points',
+        'exact_kl',
+    }
     keys = [tuple(v for k, v in r.items() if k not in numbers) for r in rows]
     assert path.stem=='toy_landing' or len(set(keys)) == len(keys)
 

@@ -27,7 +27,13 @@ from ..layers.lora_names import is_lora, sort_lora
 from ..system.texts import read_text
 from ..system.tensors import misfit, read_metadata, read_shapes, read_state_dict, weight_files
 from ..train import save_state
-from .adapter import PREDICTIONS, SDXL_UNET, SigmaDenoiser, said_prediction, unet_prediction
+from dmd2_nb.sdxl.adapter import (
+    PREDICTIONS,
+    SDXL_UNET,
+    SigmaDenoiser,
+    said_prediction,
+    unet_prediction,
+)
 from .checkpoints import export_lora, load_dmd2_lora
 from .conditioning import zero_uncond
 from .lora import AdapterNet
@@ -56,7 +62,11 @@ def describe(
         return Described(type(net).__name__, shapes, kind or unet_prediction(net))
     path = network_path(source)
     files,_ = weight_files(path, None)
-    notes = [read_metadata(f).get('modelspec.prediction_type') for f in files if f.suffix=='.safetensors']
+    notes = [
+        read_metadata(f).get('modelspec.prediction_type')
+        for f in files
+        if f.suffix == '.safetensors'
+    ]
     told = said_prediction(path) or next((PREDICTIONS[o] for o in notes if o in PREDICTIONS), None)
     return Described(str(source), read_shapes(path, say=None), told)
 
@@ -70,7 +80,9 @@ def network_path(
     try: weight_files(at, None)
     except FileNotFoundError as e:
         if not at.is_dir() or any(at.glob('*.json')): raise
-        raise FileNotFoundError(f'{at} holds no .safetensors file, nor weights of another kind') from e
+        raise FileNotFoundError(
+            f'{at} holds no .safetensors file, nor weights of another kind'
+        ) from e
     return at
 
 # %% ../../nbs/39b_adapt.ipynb #5c7d7dcb
@@ -81,11 +93,15 @@ def check_start(
     "Whether a generator that starts as `init` can follow `teacher`; one clear error if not"
     t,i = describe(teacher),describe(init)
     if t.lora:
-        raise ValueError(f'{t.source} is a LoRA: the teacher has to be a whole model; fuse_lora adds a '
-                         'LoRA to its base')
+        raise ValueError(
+            f'{t.source} is a LoRA: the teacher has to be a whole model; fuse_lora adds a '
+            'LoRA to its base'
+        )
     if t.prediction and i.prediction and t.prediction!=i.prediction:
-        raise ValueError(f'the teacher predicts {t.prediction}, the start {i.prediction}: they cannot '
-                         f'be mixed ({i.source})')
+        raise ValueError(
+            f'the teacher predicts {t.prediction}, the start {i.prediction}: they cannot '
+            f'be mixed ({i.source})'
+        )
     if i.lora:
         found = sort_lora(i.shapes, t.shapes, i.source, 'teacher')
         check_lora(found, i.shapes, t.shapes, i.source, 'teacher')
@@ -101,20 +117,39 @@ def fill_from_unet(
 )->float: # Share of the squared difference that the adapter holds
     "The difference of two U-Nets as a low-rank adapter"
     mine,theirs,out = net.unet.state_dict(),unet.state_dict(),{}
-    total,kept = sum((theirs[k].to(v.device).float()-v.float()).pow(2).sum().item() for k,v in mine.items()),0.
+    total, kept = (
+        sum(
+            (theirs[k].to(v.device).float() - v.float()).pow(2).sum().item()
+            for k, v in mine.items()
+        ),
+        0.0,
+    )
     for n,(a,b) in net.tensors().items():
         w = mine[f'{n}.weight']
-        u,s,v = torch.linalg.svd((theirs[f'{n}.weight'].to(w.device).float()-w.float()).flatten(1), full_matrices=False)
+        u, s, v = torch.linalg.svd(
+            (theirs[f'{n}.weight'].to(w.device).float() - w.float()).flatten(1), full_matrices=False
+        )
         r = min(net.rank, len(s))
         root = s[:r].sqrt()
         A,B = torch.zeros_like(a),torch.zeros_like(b)
-        A[:r],B[:,:r] = (root[:,None]*v[:r]).view(r, *a.shape[1:]),(u[:,:r]*root/net.scale).view(-1, r, *b.shape[2:])
+        A[:r], B[:, :r] = (
+            (root[:, None] * v[:r]).view(r, *a.shape[1:]),
+            (u[:, :r] * root / net.scale).view(-1, r, *b.shape[2:]),
+        )
         out[n],kept = (A, B),kept+s[:r].pow(2).sum().item()
     net.load(out)
     return kept/total if total else 1.
 
 # %% ../../nbs/39b_adapt.ipynb #4ceb96d9
-adapt_config = replace(sdxl_lora_config, batch=1, lr_g=1e-5, lr_fake=1e-4, lr_head=1e-4, warmup_fake=200, ema_halflife=50.)
+adapt_config = replace(
+    sdxl_lora_config,
+    batch=1,
+    lr_g=1e-5,
+    lr_fake=1e-4,
+    lr_head=1e-4,
+    warmup_fake=200,
+    ema_halflife=50.0,
+)
 
 def plan_of(
     D:SigmaDenoiser, rank:int, cfg:DMD2Config, recorded=True, **changes, # The model; rank of the adapters; the run's numbers; whether passes are recorded as graphs; fields of `Setup` to replace
@@ -123,7 +158,19 @@ def plan_of(
     u = D.net.unet
     config = {k: v for k,v in u.config.items() if k in SDXL_UNET or k=='norm_num_groups'}
     dtype = str(u.conv_in.weight.dtype).removeprefix('torch.')
-    return memory_plan(Setup(unet=config, rank=rank, px=8*D.shape[-1], batch=cfg.batch, gan=cfg.gan, dtype=dtype, guidance=cfg.guidance!=1, recorded=recorded, **changes))
+    return memory_plan(
+        Setup(
+            unet=config,
+            rank=rank,
+            px=8 * D.shape[-1],
+            batch=cfg.batch,
+            gan=cfg.gan,
+            dtype=dtype,
+            guidance=cfg.guidance != 1,
+            recorded=recorded,
+            **changes,
+        )
+    )
 
 # %% ../../nbs/39b_adapt.ipynb #93c4a9ff
 def adapt(
@@ -146,10 +193,19 @@ def adapt(
         if describe(init).lora: rank = open_lora(init, teacher.net.unet, what='U-Net').rank
     if images is None: cfg = replace(cfg, gan_g=0., gan_d=0.)
     w = teacher.net.unet.conv_in.weight
-    if w.is_cuda: plan_of(teacher, rank, cfg, checkpointing=checkpointing).check(card_budget(w.device))
+    if w.is_cuda:
+        plan_of(teacher, rank, cfg, checkpointing=checkpointing).check(card_budget(w.device))
     roles,folder = SharedBase(teacher, rank, checkpointing=checkpointing),Path(folder)
     if init is not None: _fill(roles.generator.net, init)
-    dmd = sdxl_dmd2(roles, cfg, next(prompts.batches(1)) if prompts.index['kind']=='conditions' else next(prompts.batches(1))[1], uncond=uncond, ema_device=ema_device)
+    dmd = sdxl_dmd2(
+        roles,
+        cfg,
+        next(prompts.batches(1))
+        if prompts.index['kind'] == 'conditions'
+        else next(prompts.batches(1))[1],
+        uncond=uncond,
+        ema_device=ema_device,
+    )
     roles.record()
     def show(name):
         if not sheet: return
@@ -159,8 +215,12 @@ def adapt(
     try:
         for log in distill_sdxl(dmd, prompts, steps, images, folder/'state', save_every):
             yield log
-            if time.time()-at>60*minutes: show(f'at_{dmd.step:06d}'); at = time.time()
-    except GeneratorExit: save_state(dmd, folder/'state'); raise  # the caller left the loop between two iterations
+            if time.time()-at>60*minutes:
+                show(f'at_{dmd.step:06d}')
+                at = time.time()
+    except GeneratorExit:
+        save_state(dmd, folder/'state')
+        raise  # the caller left the loop between two iterations
     finally:
         show('after')
         export_lora(dmd.ema.net.net, folder/'lora', timesteps, updates=dmd.g_updates)
@@ -187,8 +247,15 @@ def denoise_only(
     opt,device = torch.optim.AdamW(p, lr=lr, weight_decay=0.01),p[0].device
     for step,(x,c) in zip(range(steps), pictures.batches(batch, seed, 0, device)):
         g = rng(seed, step, device=device)
-        loss = dsm_loss(net, x, net.sample_sigma(len(x), generator=g, device=device), c, torch.randn(x.shape, generator=g, device=device))
-        opt.zero_grad(set_to_none=True); loss.backward()
+        loss = dsm_loss(
+            net,
+            x,
+            net.sample_sigma(len(x), generator=g, device=device),
+            c,
+            torch.randn(x.shape, generator=g, device=device),
+        )
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
         opt.step()
         yield loss.detach()
 
@@ -205,8 +272,15 @@ class FolderPictures:
     def _prompt(self, name, prompt):
         f = (self.root/name).with_suffix('.txt')
         text = ' '.join(read_text(f).split()) if f.is_file() else prompt
-        if not text: raise ValueError(f'{self.root}: {name} has no prompt: put {f.name} beside it, or give one for all')
+        if not text:
+            raise ValueError(
+                f'{self.root}: {name} has no prompt: put {f.name} beside it, or give one for all'
+            )
         return text
-    def content_hash(self): return fingerprint(content_hash(self.root, sorted(self.files.names)), list(self.files.names), self.size)
+    def content_hash(self):
+        return fingerprint(
+            content_hash(self.root, sorted(self.files.names)), list(self.files.names), self.size
+        )
     def __len__(self): return len(self.files)
-    def __getitem__(self, i): return to_float(self.files.one(i)), self.prompts[i] # `(image in [-1, 1] (3, h, w), prompt)`
+    # `(image in [-1, 1] (3, h, w), prompt)`
+    def __getitem__(self, i): return to_float(self.files.one(i)), self.prompts[i]

@@ -35,16 +35,23 @@ def sdxl_sigmas(
 )->Tensor: # Their noise levels, float64
     "Noise level of each timestep"
     a = (alphas_cumprod() if abar is None else abar).double()
-    if not ((a>0)&(a<1)).all(): raise ValueError('the schedule ends without any signal (zero terminal SNR): pass alphas_cumprod[:-1]')
+    if not ((a>0)&(a<1)).all():
+        raise ValueError(
+            'the schedule ends without any signal (zero terminal SNR): pass alphas_cumprod[:-1]'
+        )
     levels = ((1-a)/a).sqrt()
     return levels if timesteps is None else levels[_rows(timesteps, len(a))]
 
 def _rows(timesteps, n):
     "Timesteps as places in a table of n; a timestep before the first or between two is an error, not a neighbour"
     try: t = torch.as_tensor(timesteps, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError): raise ValueError(f'timesteps are whole numbers, got {str(timesteps)[:80]}') from None
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'timesteps are whole numbers, got {str(timesteps)[:80]}') from None
     known = (t>=0) & (t<n) & (t==t.round())
-    if not known.all(): raise ValueError(f'timesteps are whole numbers from 0 to {n-1}, got {t[~known][0].item():g}')
+    if not known.all():
+        raise ValueError(
+            f'timesteps are whole numbers from 0 to {n - 1}, got {t[~known][0].item():g}'
+        )
     return t.long()
 
 def few_step_timesteps(
@@ -70,7 +77,8 @@ class SigmaDenoiser(nn.Module):
             net = CondUNet(net)
         self.net = net
         self.own_shape,self.tables = (tuple(shape) if shape else None),{}
-        self.levels = self.make_levels(abar)  # rising, (T,), float64; no buffer, so that no cast to half precision touches it
+        # rising, (T,), float64; no buffer, so that no cast to half precision touches it
+        self.levels = self.make_levels(abar)
 
     def make_levels(self, abar): return sdxl_sigmas(abar=abar)
 
@@ -89,7 +97,9 @@ class SigmaDenoiser(nn.Module):
         if device not in self.tables:
             logs = self.levels.log()
             edge = torch.stack((logs[0]-(logs[1]-logs[0])/2, logs[-1]+(logs[-1]-logs[-2])/2))
-            self.tables[device] = tuple(_wide(o, device) for o in (self.levels, (logs[1:]+logs[:-1])/2, edge))
+            self.tables[device] = tuple(
+                _wide(o, device) for o in (self.levels, (logs[1:] + logs[:-1]) / 2, edge)
+            )
         return self.tables[device]
 
     def find(self, sigma): # `(t, known)`
@@ -104,7 +114,9 @@ class SigmaDenoiser(nn.Module):
         "The network's timestep of each level; on a CPU a level it doesn't know is an error"
         t,known = self.find(sigma)
         if sigma.device.type=='cpu' and not torch.compiler.is_compiling() and not known.all():
-            raise ValueError(f'sigma {sigma[~known][0]:.4g} is none of this network, whose levels are {self.levels[0]:.4g} .. {self.levels[-1]:.4g}')
+            raise ValueError(
+                f'sigma {sigma[~known][0]:.4g} is none of this network, whose levels are {self.levels[0]:.4g} .. {self.levels[-1]:.4g}'
+            )
         return t, known
 
     def _inputs(self, x, sigma):
@@ -132,7 +144,9 @@ class SigmaDenoiser(nn.Module):
 
     def prior(self, z, sigma):
         "The network's own pure noise as first input"
-        return (_wide(z, z.device)/append_dims(self.scalings(_wide(sigma, z.device))[2], z)).to(z.dtype)
+        return (_wide(z, z.device) / append_dims(self.scalings(_wide(sigma, z.device))[2], z)).to(
+            z.dtype
+        )
 
     def weight(self, sigma):
         "Weight of the squared error that counts the network's raw output evenly"
@@ -168,15 +182,23 @@ def unet_prediction(
     unet, # diffusers `UNet2DConditionModel`
 ): # As from `said_prediction`
     "What the place that a U-Net was loaded from says about it"
-    came_from = getattr(getattr(unet, 'config', None), '_name_or_path', None) or getattr(unet, 'opened_from', None)
+    came_from = getattr(getattr(unet, 'config', None), '_name_or_path', None) or getattr(
+        unet, 'opened_from', None
+    )
     if came_from and Path(came_from).exists(): return said_prediction(Path(came_from))
 
 def _check_prediction(denoiser, net):
     told = unet_prediction(net)
     if not told or told==denoiser.prediction: return
     fits = dict(epsilon='EpsDenoiser', v_prediction='VDenoiser', flow='FlowDenoiser').get(told)
-    raise ValueError(f'this U-Net belongs to a pipeline that predicts {told}: '
-                     + (f'take {fits} for it, not {type(denoiser).__name__}' if fits else 'no denoiser here does'))
+    raise ValueError(
+        f'this U-Net belongs to a pipeline that predicts {told}: '
+        + (
+            f'take {fits} for it, not {type(denoiser).__name__}'
+            if fits
+            else 'no denoiser here does'
+        )
+    )
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #2404c0be
 class EpsDenoiser(SigmaDenoiser):
@@ -187,7 +209,8 @@ class EpsDenoiser(SigmaDenoiser):
 class VDenoiser(SigmaDenoiser):
     "A network that predicts v, a mixture of noise and signal (Stable Diffusion 2)"
     prediction = 'v_prediction'
-    def scalings(self, sigma): return 1/(1+sigma**2), -sigma/(1+sigma**2).sqrt(), 1/(1+sigma**2).sqrt()
+    def scalings(self, sigma):
+        return 1/(1+sigma**2), -sigma/(1+sigma**2).sqrt(), 1/(1+sigma**2).sqrt()
 
 class FlowDenoiser(SigmaDenoiser):
     "A network that predicts the flow `noise - x0` at `(1-t)*x0 + t*noise`, called with time `1000*t`"
@@ -206,12 +229,20 @@ class FlowDenoiser(SigmaDenoiser):
         t = self.t_max*self.shift*t/(1+(self.shift-1)*t)
         return t/(1-t)
     def scalings(self, sigma): return 1/(1+sigma), -sigma/(1+sigma), 1/(1+sigma)
-    def find(self, sigma): return at_least_float32(1000*sigma/(1+sigma)), (sigma>0)&(sigma<=self.levels[-1].item()*1.0001)  # time is continuous
+    def find(self, sigma):
+        return at_least_float32(1000 * sigma / (1 + sigma)), (sigma > 0) & (
+            sigma <= self.levels[-1].item() * 1.0001
+        )  # time is continuous
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #7e9779fb
-OTHER_INPUTS = dict(time_cond_proj_dim='a guidance scale (a latent consistency model)', class_embed_type='class labels',
-                    num_class_embeds='class labels', encoder_hid_dim_type='images beside the text')
+OTHER_INPUTS = dict(
+    time_cond_proj_dim='a guidance scale (a latent consistency model)',
+    class_embed_type='class labels',
+    num_class_embeds='class labels',
+    encoder_hid_dim_type='images beside the text',
+)
 
+# %% ../../nbs/30_sdxl.adapter.ipynb #01e755cc
 def check_unet(
     unet, # diffusers `UNet2DConditionModel`
 ):
@@ -219,30 +250,54 @@ def check_unet(
     config = getattr(unet, 'config', {})
     a,b = config.get('in_channels'),config.get('out_channels')
     if a and b==2*a:
-        raise ValueError(f'this U-Net gives {b} channels for {a}: it predicts a variance beside the noise (learned variance), '
-                         'which the methods here have no use for')
+        raise ValueError(
+            f'this U-Net gives {b} channels for {a}: it predicts a variance beside the noise (learned variance), '
+            'which the methods here have no use for'
+        )
     if a!=b:
-        raise ValueError(f"this U-Net takes {a} channels and gives {b}: it looks like {CHANNELS.get(a, 'one that is given more than noise')}, "
-                         'a text-to-image U-Net is needed')
+        raise ValueError(
+            f"this U-Net takes {a} channels and gives {b}: it looks like {CHANNELS.get(a, 'one that is given more than noise')}, "
+            'a text-to-image U-Net is needed'
+        )
     for name,what in OTHER_INPUTS.items():
-        if config.get(name): raise ValueError(f'this U-Net also wants {what} ({name} = {config[name]}): it cannot be used here')
-    embeds,width,side = (config.get(k) for k in ('addition_embed_type', 'projection_class_embeddings_input_dim', 'addition_time_embed_dim'))
-    if embeds not in (None, 'text', 'text_time'): raise ValueError(f'this U-Net wants {embeds} beside the text: it cannot be used here')
+        if config.get(name):
+            raise ValueError(
+                f'this U-Net also wants {what} ({name} = {config[name]}): it cannot be used here'
+            )
+    embeds, width, side = (
+        config.get(k)
+        for k in (
+            'addition_embed_type',
+            'projection_class_embeddings_input_dim',
+            'addition_time_embed_dim',
+        )
+    )
+    if embeds not in (None, 'text', 'text_time'):
+        raise ValueError(f'this U-Net wants {embeds} beside the text: it cannot be used here')
     if embeds=='text_time' and width==config.get('cross_attention_dim', 0)+5*side:
-        raise ValueError(f"this U-Net wants {width} numbers beside the timestep, {width-5*side} of a text and 5 time ids: "
-                         "it is SDXL's refiner; the base model is needed")
+        raise ValueError(
+            f"this U-Net wants {width} numbers beside the timestep, {width - 5 * side} of a text and 5 time ids: "
+            "it is SDXL's refiner; the base model is needed"
+        )
     kinds = {}
     for k,p in unet.named_parameters():
         if p.is_floating_point() and 'lora_' not in k: kinds.setdefault(p.dtype, []).append(k)
     _check_kinds(kinds)
 
+# %% ../../nbs/30_sdxl.adapter.ipynb #bd598167
 def _check_kinds(kinds):
     "Weights of one precision, and of one that can be computed with"
-    words = [f"{len(ks)} in {str(d).removeprefix('torch.')} ({few(ks, 2)})" for d,ks in kinds.items()]
+    words = [
+        f"{len(ks)} in {str(d).removeprefix('torch.')} ({few(ks, 2)})" for d, ks in kinds.items()
+    ]
     if any('float8' in str(d) for d in kinds):
-        raise ValueError(f'this U-Net has weights in 8 bits, {words[0]}: unet.to(torch.bfloat16) makes them usable')
+        raise ValueError(
+            f'this U-Net has weights in 8 bits, {words[0]}: unet.to(torch.bfloat16) makes them usable'
+        )
     if len(kinds)>1:
-        raise ValueError(f'this U-Net mixes precisions: {", ".join(words)}; unet.to(torch.bfloat16) or another makes them one')
+        raise ValueError(
+            f'this U-Net mixes precisions: {", ".join(words)}; unet.to(torch.bfloat16) or another makes them one'
+        )
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #7538112e
 def check_inputs(
@@ -256,15 +311,22 @@ def check_inputs(
         if got!=want: raise ValueError(f'this U-Net wants {what} of {want}, got {got}{more}')
     if config.get('in_channels'): differ('samples with channels', x.shape[1], config['in_channels'])
     text,width = kwargs.get('encoder_hidden_states'),config.get('cross_attention_dim')
-    if isinstance(text, Tensor) and isinstance(width, int): differ('a text with a width', text.shape[-1], width)
+    if isinstance(text, Tensor) and isinstance(width, int):
+        differ('a text with a width', text.shape[-1], width)
     if config.get('addition_embed_type')!='text_time': return
     added = kwargs.get('added_cond_kwargs') or {}
     pooled,ids = added.get('text_embeds'),added.get('time_ids')
-    if pooled is None or ids is None: raise ValueError('this U-Net wants text_embeds and time_ids (SDXL), the condition has none')
+    if pooled is None or ids is None:
+        raise ValueError('this U-Net wants text_embeds and time_ids (SDXL), the condition has none')
     side,whole = config['addition_time_embed_dim'],config['projection_class_embeddings_input_dim']
     got = pooled.shape[-1]+ids.shape[-1]*side
     refiner = ": it looks like SDXL's refiner, which takes 5" if whole==got-side else ''
-    differ('numbers beside the timestep', got, whole, f' ({pooled.shape[-1]} of the pooled text and {ids.shape[-1]} time ids of {side}){refiner}')
+    differ(
+        'numbers beside the timestep',
+        got,
+        whole,
+        f' ({pooled.shape[-1]} of the pooled text and {ids.shape[-1]} time ids of {side}){refiner}',
+    )
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #7ea9423c
 class CondUNet(nn.Module):
@@ -288,8 +350,10 @@ class CondUNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False) if auto and own else nullcontext():
             return f(x.to(self.dtype) if own else x, t, **kwargs)
 
-    def forward(self, x, t, cond=None): return self._call(lambda *a,**k: self.unet(*a, return_dict=False, **k)[0], x, t, cond)
-    def encode(self, x, t, cond=None): return self._call(lambda *a,**k: unet_encode(self.unet, *a, **k), x, t, cond)
+    def forward(self, x, t, cond=None):
+        return self._call(lambda *a,**k: self.unet(*a, return_dict=False, **k)[0], x, t, cond)
+    def encode(self, x, t, cond=None):
+        return self._call(lambda *a,**k: unet_encode(self.unet, *a, **k), x, t, cond)
 
 def unet_kwargs(
     cond,       # An object with `unet_kwargs()`, text embeddings (b, n, d), or a dict of the U-Net's own arguments
@@ -297,7 +361,13 @@ def unet_kwargs(
 )->dict: # For the U-Net's forward
     "A condition as the U-Net takes it"
     if cond is None: raise ValueError('this U-Net needs a text condition, got None')
-    kwargs = cond.unet_kwargs() if hasattr(cond, 'unet_kwargs') else dict(encoder_hidden_states=cond) if isinstance(cond, Tensor) else cond
+    kwargs = (
+        cond.unet_kwargs()
+        if hasattr(cond, 'unet_kwargs')
+        else dict(encoder_hidden_states=cond)
+        if isinstance(cond, Tensor)
+        else cond
+    )
     return cond_map(lambda o: o.to(dtype) if dtype and o.is_floating_point() else o, dict(kwargs))
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #6ba3cc68
@@ -309,29 +379,81 @@ def unet_encode(
 )->Tensor: # Output of the mid-block, (b, c', h', w')
     "The first half of the U-Net's forward"
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
-    aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
+    aug = unet.get_aug_embed(
+        emb=emb, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+    )
     emb = emb if aug is None else emb+aug
     if unet.time_embed_act is not None: emb = unet.time_embed_act(emb)
-    text = unet.process_encoder_hidden_states(encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
+    text = unet.process_encoder_hidden_states(
+        encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+    )
     x = unet.conv_in(x)
     for b in (*unet.down_blocks, unet.mid_block):
-        x = b(x, emb, encoder_hidden_states=text) if getattr(b, 'has_cross_attention', False) else b(x, emb)
+        x = (
+            b(x, emb, encoder_hidden_states=text)
+            if getattr(b, 'has_cross_attention', False)
+            else b(x, emb)
+        )
         if isinstance(x, tuple): x = x[0]
     return x
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #b7a3dec3
-SDXL_UNET = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320,640,1280), layers_per_block=2,
-    down_block_types=('DownBlock2D','CrossAttnDownBlock2D','CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D','CrossAttnUpBlock2D','UpBlock2D'),
-    transformer_layers_per_block=(1,2,10), attention_head_dim=(5,10,20), cross_attention_dim=2048, use_linear_projection=True,
-    addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
-SD15_UNET = dict(sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320,640,1280,1280), layers_per_block=2, attention_head_dim=8, cross_attention_dim=768,
-    down_block_types=('CrossAttnDownBlock2D',)*3+('DownBlock2D',), up_block_types=('UpBlock2D',)+('CrossAttnUpBlock2D',)*3)
-TINY_SDXL = SDXL_UNET | dict(sample_size=16, norm_num_groups=8, block_out_channels=(32,64,64), transformer_layers_per_block=(1,1,2), attention_head_dim=(2,2,4),
-    cross_attention_dim=64, addition_time_embed_dim=8, projection_class_embeddings_input_dim=80)
-TINY_SD15 = SD15_UNET | dict(sample_size=32, norm_num_groups=8, block_out_channels=(32,32,64,64), attention_head_dim=2, cross_attention_dim=32)
+SDXL_UNET = dict(
+    sample_size=128,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280),
+    layers_per_block=2,
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type='text_time',
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+SD15_UNET = dict(
+    sample_size=64,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(320, 640, 1280, 1280),
+    layers_per_block=2,
+    attention_head_dim=8,
+    cross_attention_dim=768,
+    down_block_types=('CrossAttnDownBlock2D',) * 3 + ('DownBlock2D',),
+    up_block_types=('UpBlock2D',) + ('CrossAttnUpBlock2D',) * 3,
+)
+TINY_SDXL = SDXL_UNET | dict(
+    sample_size=16,
+    norm_num_groups=8,
+    block_out_channels=(32, 64, 64),
+    transformer_layers_per_block=(1, 1, 2),
+    attention_head_dim=(2, 2, 4),
+    cross_attention_dim=64,
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=80,
+)
 
-TINY_VAE = dict(block_out_channels=(8,8,16,16), norm_num_groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.13025,
-    down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)  # eight pixels a latent, as SDXL's
+# %% ../../nbs/30_sdxl.adapter.ipynb #ba4e8c54
+TINY_SD15 = SD15_UNET | dict(
+    sample_size=32,
+    norm_num_groups=8,
+    block_out_channels=(32, 32, 64, 64),
+    attention_head_dim=2,
+    cross_attention_dim=32,
+)
+
+TINY_VAE = dict(
+    block_out_channels=(8, 8, 16, 16),
+    norm_num_groups=4,
+    layers_per_block=1,
+    latent_channels=4,
+    scaling_factor=0.13025,
+    down_block_types=('DownEncoderBlock2D',) * 4,
+    up_block_types=('UpDecoderBlock2D',) * 4,
+)  # eight pixels a latent, as SDXL's
 
 def make_unet(
     config=TINY_SDXL, # Arguments of `UNet2DConditionModel`

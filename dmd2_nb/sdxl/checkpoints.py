@@ -59,7 +59,9 @@ def load_dmd2_lora(
     tensors,rank,alpha = lora.even()
     if rank!=net.rank: raise ValueError(f'{path} has rank {rank}, the adapter has {net.rank}')
     if alpha is None:
-        warnings.warn(f"nothing tells the alpha of {path}: the adapter's own ({net.alpha:g}) is kept")
+        warnings.warn(
+            f"nothing tells the alpha of {path}: the adapter's own ({net.alpha:g}) is kept"
+        )
     elif alpha!=net.alpha:
         tensors = {n: (a, b.float()*(alpha/net.alpha)) for n,(a,b) in tensors.items()}
     return net.load(tensors, path)
@@ -93,9 +95,14 @@ def model_card(
     steps,base,name,fence = list(timesteps),str(base),str(name),'`'*3
     while fence in f'{base} {name}': fence += '`'
     if kind=='lora': load = f'pipe.load_lora_weights({name!r})\npipe.fuse_lora()'
-    else: load = f"pipe.unet = UNet2DConditionModel.from_pretrained({name!r}, torch_dtype=torch.float16).to('cuda')"
+    else:
+        load = f"pipe.unet = UNet2DConditionModel.from_pretrained({name!r}, torch_dtype=torch.float16).to('cuda')"
     rows = '\n'.join(' '.join(f'- {k}: {v}'.split()) for k,v in facts.items())
-    note = f'\nThe only step gets pure noise but is told timestep {steps[0]}, as in training.\n' if len(steps)==1 and steps[0]<999 else ''
+    note = (
+        f'\nThe only step gets pure noise but is told timestep {steps[0]}, as in training.\n'
+        if len(steps) == 1 and steps[0] < 999
+        else ''
+    )
     return f"""---
 tags: [diffusers, text-to-image, dmd2, distillation{', lora' if kind=='lora' else ''}]
 base_model: {yaml_text(base)}
@@ -149,7 +156,11 @@ def export_unet(
     unet = net.unet if isinstance(net, CondUNet) else net
     sd = net.merged() if isinstance(net, AdapterNet) else unet.state_dict()
     out = {k: v.detach().to('cpu', dtype).contiguous().clone() for k,v in sd.items()}
-    check_finite(out, folder, f'it is not written; training has diverged, or a number is too large for {dtype}')
+    check_finite(
+        out,
+        folder,
+        f'it is not written; training has diverged, or a number is too large for {dtype}',
+    )
     with one_move_folder(folder) as tmp:
         unet.save_config(tmp)
         save_file(out, tmp/'diffusion_pytorch_model.safetensors', metadata=dict(format='pt'))
@@ -165,9 +176,22 @@ def tiny_pipeline(
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     enc = tiny_text_encoders(seed=seed)
     (tok1,tok2),(text1,text2) = enc.tokenizers,enc.models
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', timestep_spacing='leading', steps_offset=1)
-    pipe = StableDiffusionXLPipeline(vae=make_vae(seed=seed), text_encoder=text1, text_encoder_2=text2, tokenizer=tok1, tokenizer_2=tok2,
-                                     unet=make_unet(**({} if config is None else dict(config=config)), seed=seed), scheduler=scheduler)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule='scaled_linear',
+        timestep_spacing='leading',
+        steps_offset=1,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=make_vae(seed=seed),
+        text_encoder=text1,
+        text_encoder_2=text2,
+        tokenizer=tok1,
+        tokenizer_2=tok2,
+        unet=make_unet(**({} if config is None else dict(config=config)), seed=seed),
+        scheduler=scheduler,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -177,7 +201,8 @@ def split_guidance(
 )->dict: # State dicts: teacher, fake, head (absent when the run had no GAN)
     "A guidance file in its parts"
     parts = guidance_parts(read_state_dict(path), path)
-    if 'fake_score' not in parts: raise ValueError(f'{path} is no guidance file: no key begins with fake_unet.')
+    if 'fake_score' not in parts:
+        raise ValueError(f'{path} is no guidance file: no key begins with fake_unet.')
     return {'fake' if n=='fake_score' else n: d for n,d in parts.items()}
 
 def load_head(

@@ -21,7 +21,10 @@ class SDXLCond(NamedTuple):
 
     def unet_kwargs(self):
         "Arguments of the U-Net's forward"
-        return dict(encoder_hidden_states=self.text, added_cond_kwargs=dict(text_embeds=self.pooled, time_ids=self.time_ids))
+        return dict(
+            encoder_hidden_states=self.text,
+            added_cond_kwargs=dict(text_embeds=self.pooled, time_ids=self.time_ids),
+        )
 
 def zero_uncond(
     cond:SDXLCond, # Condition to take shape and time ids from
@@ -39,7 +42,8 @@ def micro_ids(
     "SDXL's six numbers: original size, crop corner, target size"
     two = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
     ids = (*two(size), *two(crop), *two(size if target is None else target))
-    if len(ids)!=6 or min(ids)<0 or 0 in ids[:2]+ids[4:]: raise ValueError(f'sizes must be positive and crops not negative, got {ids}')
+    if len(ids)!=6 or min(ids)<0 or 0 in ids[:2]+ids[4:]:
+        raise ValueError(f'sizes must be positive and crops not negative, got {ids}')
     return torch.tensor(ids, dtype=torch.float32, device=device).expand(n, 6).clone()
 
 # %% ../../nbs/31_sdxl.conditioning.ipynb #53052ce1
@@ -49,18 +53,28 @@ class TextEncoders:
         tokenizers,  # One or two
         models,      # As many `CLIPTextModel`s; the last of two with projection
     ):
-        self.tokenizers,self.models = list(tokenizers),[m.eval().requires_grad_(False) for m in models]
+        self.tokenizers, self.models = (
+            list(tokenizers),
+            [m.eval().requires_grad_(False) for m in models],
+        )
         if len(self.tokenizers)!=len(self.models) or len(self.models) not in (1, 2):
-            raise ValueError(f'one or two pairs are needed, got {len(self.tokenizers)} tokenizers and {len(self.models)} models')
+            raise ValueError(
+                f'one or two pairs are needed, got {len(self.tokenizers)} tokenizers and {len(self.models)} models'
+            )
         pads = [t.pad_token for t in self.tokenizers]
         if len(pads)==2 and pads[0]==pads[1]:
-            raise ValueError(f"both tokenizers pad with '{pads[0]}': the second text encoder needs its own (subfolder tokenizer_2), which pads with '!'")
+            raise ValueError(
+                f"both tokenizers pad with '{pads[0]}': the second text encoder needs its own (subfolder tokenizer_2), which pads with '!'"
+            )
 
     @classmethod
     def from_pipe(cls, pipe):
         "Those of a loaded diffusers pipeline"
         two = hasattr(pipe, 'text_encoder_2')
-        return cls([pipe.tokenizer]+[pipe.tokenizer_2]*two, [pipe.text_encoder]+[pipe.text_encoder_2]*two)
+        return cls(
+            [pipe.tokenizer] + [pipe.tokenizer_2] * two,
+            [pipe.text_encoder] + [pipe.text_encoder_2] * two,
+        )
 
     @classmethod
     def from_pretrained(cls,
@@ -72,8 +86,16 @@ class TextEncoders:
         "From the pipeline's subfolders, without its U-Net"
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
         parts = [('', CLIPTextModel)]+[('_2', CLIPTextModelWithProjection)]*two
-        return cls([CLIPTokenizer.from_pretrained(path, subfolder=f'tokenizer{s}', **kwargs) for s,_ in parts],
-                   [m.from_pretrained(path, subfolder=f'text_encoder{s}', dtype=dtype, **kwargs) for s,m in parts])
+        return cls(
+            [
+                CLIPTokenizer.from_pretrained(path, subfolder=f'tokenizer{s}', **kwargs)
+                for s, _ in parts
+            ],
+            [
+                m.from_pretrained(path, subfolder=f'text_encoder{s}', dtype=dtype, **kwargs)
+                for s, m in parts
+            ],
+        )
 
     @property
     def device(self): return next(self.models[0].parameters()).device
@@ -86,8 +108,19 @@ class TextEncoders:
     ): # `(ids, lengths)`: one (b, 77) per tokenizer, and the number of real tokens (b,) before cutting
         "Token numbers as each encoder reads them"
         if isinstance(prompts, str): prompts = [prompts]
-        ids = [t(prompts, padding='max_length', max_length=min(t.model_max_length, 77), truncation=True, return_tensors='pt').input_ids for t in self.tokenizers]
-        return ids, torch.tensor([len(o) for o in self.tokenizers[0](prompts, verbose=False).input_ids])
+        ids = [
+            t(
+                prompts,
+                padding='max_length',
+                max_length=min(t.model_max_length, 77),
+                truncation=True,
+                return_tensors='pt',
+            ).input_ids
+            for t in self.tokenizers
+        ]
+        return ids, torch.tensor(
+            [len(o) for o in self.tokenizers[0](prompts, verbose=False).input_ids]
+        )
 
 # %% ../../nbs/31_sdxl.conditioning.ipynb #e523d263
 @contextmanager
@@ -117,7 +150,11 @@ def encode_prompts(
     outs = [m(i.to(enc.device), output_hidden_states=True) for m,i in zip(enc.models, ids)]
     if len(outs)==1: return outs[0].last_hidden_state
     text = torch.cat([o.hidden_states[-2] for o in outs], -1)
-    return SDXLCond(text, outs[1].text_embeds.to(text.dtype), micro_ids(len(text), size, crop, target, text.device))
+    return SDXLCond(
+        text,
+        outs[1].text_embeds.to(text.dtype),
+        micro_ids(len(text), size, crop, target, text.device),
+    )
 
 # %% ../../nbs/31_sdxl.conditioning.ipynb #5c5b4813
 def tiny_text_encoders(
@@ -126,13 +163,27 @@ def tiny_text_encoders(
     seed=0,        # Of the random weights
 )->TextEncoders:
     "Random tiny CLIP encoders with working tokenizers, for lessons and tests"
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
     letters = [chr(c) for c in range(33, 127)]
     words = letters+[c+'</w>' for c in letters]+['<|startoftext|>', '<|endoftext|>']
     vocab = {w: i for i,w in enumerate(words)}
     tok = lambda pad: CLIPTokenizer(vocab=vocab, merges=[], pad_token=pad, model_max_length=77)
-    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=2*width, num_hidden_layers=3, num_attention_heads=2, projection_dim=width,
-                            bos_token_id=len(vocab)-2, eos_token_id=len(vocab)-1, pad_token_id=len(vocab)-1)
+    config = CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=width,
+        bos_token_id=len(vocab) - 2,
+        eos_token_id=len(vocab) - 1,
+        pad_token_id=len(vocab) - 1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         models = [CLIPTextModel(config)]+[CLIPTextModelWithProjection(config)]*two

@@ -29,7 +29,8 @@ class PromptFile:
     ):
         given = isinstance(path, (list, tuple))
         self.path = 'the list' if given else path
-        if given: self.prompts = [clean_prompt(p, f'the list, line {i}') for i,p in enumerate(path, 1)]
+        if given:
+            self.prompts = [clean_prompt(p, f'the list, line {i}') for i,p in enumerate(path, 1)]
         else: self.prompts = read_prompts(path)
         if not self.prompts: raise ValueError(f'{self.path} has no prompts')
 
@@ -56,8 +57,13 @@ def shuffled(
     while True:
         out = []
         while len(out)<n:
-            if at//size!=which: which,order = at//size,torch.randperm(size, generator=rng(seed, 77, at//size)).tolist()
-            out.append(order[at%size]); at += 1
+            if at//size!=which:
+                which, order = (
+                    at // size,
+                    torch.randperm(size, generator=rng(seed, 77, at // size)).tolist(),
+                )
+            out.append(order[at%size])
+            at += 1
         yield out
 
 # %% ../../nbs/33_sdxl.data.ipynb #dc950922
@@ -68,15 +74,26 @@ class LatentShards:
     ):
         self.folder = Path(folder)
         index = self.folder/'index.json'
-        if not index.is_file(): raise FileNotFoundError(f'{index} is missing: encoding has not finished, or this is no folder of shards')
+        if not index.is_file():
+            raise FileNotFoundError(
+                f'{index} is missing: encoding has not finished, or this is no folder of shards'
+            )
         self.index,self.cache = read_plan(index),{}
         self.sizes = self.index.get('sizes')
-        whole = isinstance(self.sizes, list) and self.sizes and all(type(s) is int and s>0 for s in self.sizes)
-        if not whole: raise ValueError(f'{index} is damaged: it does not say how many items each shard has')
+        whole = (
+            isinstance(self.sizes, list)
+            and self.sizes
+            and all(type(s) is int and s > 0 for s in self.sizes)
+        )
+        if not whole:
+            raise ValueError(f'{index} is damaged: it does not say how many items each shard has')
         self.starts = [0]
         for s in self.sizes: self.starts.append(self.starts[-1]+s)
         missing = [f for f in map(self.file, range(len(self.sizes))) if not f.is_file()]
-        if missing: raise FileNotFoundError(f'{missing[0]} is missing: run the encoding again, finished shards are kept')
+        if missing:
+            raise FileNotFoundError(
+                f'{missing[0]} is missing: run the encoding again, finished shards are kept'
+            )
 
     def file(self, k): return self.folder/f'shard_{k:05d}.safetensors'
     def __len__(self): return self.starts[-1]
@@ -87,7 +104,12 @@ class LatentShards:
 
     def need(self, *kinds): # 'conditions', 'latents', 'lmdb' or 'pairs'; nothing known is taken as it is
         "Refuse items of another kind: noise goes with pairs alone, and the GAN needs real pictures"
-        said = dict(conditions='texts alone', latents='real pictures', lmdb='real pictures', pairs="a teacher's samples for known noises")
+        said = dict(
+            conditions='texts alone',
+            latents='real pictures',
+            lmdb='real pictures',
+            pairs="a teacher's samples for known noises",
+        )
         kind = self.index.get('kind')
         if kind is None or kind in kinds: return self
         raise ValueError(f"{self.folder} holds {said.get(kind, kind)} (kind '{kind}'), "
@@ -110,7 +132,8 @@ class LatentShards:
             if not 0<=i<len(self): raise IndexError(f'item {i} is not in 0..{len(self)-1}')
             k = next(k for k in range(len(self.sizes)) if i<self.starts[k+1])
             tensors,names = self.shard(k)
-            rows.append({n: t[i-self.starts[k]] for n,t in tensors.items()}); prompts.append(names[i-self.starts[k]])
+            rows.append({n: t[i-self.starts[k]] for n,t in tensors.items()})
+            prompts.append(names[i-self.starts[k]])
         join = {n: torch.stack([r[n] for r in rows]) for n in rows[0]}
         return join.get('latents'), as_cond(join), prompts
 
@@ -136,9 +159,11 @@ def read_shard(path, size=None): # `(tensors, prompts)`
     "One shard, checked"
     tensors,meta = read_tensors(path)
     try: prompts = json.loads(meta['prompts'])
-    except (KeyError, ValueError): raise ValueError(f'{path} is no shard: its header holds no prompts') from None
+    except (KeyError, ValueError):
+        raise ValueError(f'{path} is no shard: its header holds no prompts') from None
     n = {len(t) for t in tensors.values()} | {len(prompts)} | ({size} if size else set())
-    if len(n)!=1: raise ValueError(f'{path} is damaged: it holds {sorted(n)} items instead of one number')
+    if len(n)!=1:
+        raise ValueError(f'{path} is damaged: it holds {sorted(n)} items instead of one number')
     return tensors, prompts
 
 # %% ../../nbs/33_sdxl.data.ipynb #d01347e4
@@ -170,8 +195,11 @@ def write_shards(
         if mark:
             hashes = [mark(i) for i in rows]
             marks.append((k*shard, hashes))
-            out['made_from'] = torch.tensor([list(bytes.fromhex(h)) for h in hashes], dtype=torch.uint8)
-        with one_move(path(k)) as tmp: save_file(out, tmp, metadata=dict(prompts=json.dumps(prompts)))
+            out['made_from'] = torch.tensor(
+                [list(bytes.fromhex(h)) for h in hashes], dtype=torch.uint8
+            )
+        with one_move(path(k)) as tmp:
+            save_file(out, tmp, metadata=dict(prompts=json.dumps(prompts)))
     if facts: plan['made'] = fingerprint(sorted(marks), facts)
     write_text(folder/'index.json', json.dumps(plan))
     return LatentShards(folder)
@@ -194,7 +222,9 @@ def _check_marks(shards, mark): # `[(file, number of its first item), ...]`; has
     for file,start in shards:
         said = read_tensors(file)[0].get('made_from')
         if said is None:
-            raise ValueError(f'{file} does not say which pictures it was made from: take another folder')
+            raise ValueError(
+                f'{file} does not say which pictures it was made from: take another folder'
+            )
         hashes = [bytes(row).hex() for row in said.tolist()]
         marks.append((start, hashes))
         items += [(file, start+j, h) for j,h in enumerate(hashes)]
@@ -229,11 +259,22 @@ def encode_conditions(
 )->LatentShards: # Without latents: for the generator's stream
     "Prompt embeddings, once"
     if isinstance(prompts, str):
-        raise ValueError(f'prompts must be a list of texts or a PromptFile, got one text: {prompts[:40]!r}')
+        raise ValueError(
+            f'prompts must be a list of texts or a PromptFile, got one text: {prompts[:40]!r}'
+        )
     texts = [prompts[i] for i in range(len(prompts))]
-    facts = dict(kind='conditions', size=size, dtype=str(dtype), prompts=fingerprint(texts), encoder=identity(enc))
+    facts = dict(
+        kind='conditions',
+        size=size,
+        dtype=str(dtype),
+        prompts=fingerprint(texts),
+        encoder=identity(enc),
+    )
     def make(r):
-        parts = [_cond_tensors(encode_prompts(enc, [prompts[i] for i in r[j:j+batch]], size), dtype) for j in range(0, len(r), batch)]
+        parts = [
+            _cond_tensors(encode_prompts(enc, [prompts[i] for i in r[j : j + batch]], size), dtype)
+            for j in range(0, len(r), batch)
+        ]
         return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}, [prompts[i] for i in r]
     return write_shards(folder, len(prompts), make, shard, facts, progress)
 
@@ -253,12 +294,21 @@ def vae_encode(
 @torch.no_grad()
 def vae_decode(vae, latents:Tensor)->Tensor: # Images in [-1, 1], (b, 3, h, w)
     "Latents to images"
-    return vae.decode((latents/vae.config.scaling_factor+(vae.config.shift_factor or 0)).to(vae.device, vae.dtype)).sample.float().clamp(-1, 1)
+    return (
+        vae.decode(
+            (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).to(
+                vae.device, vae.dtype
+            )
+        )
+        .sample.float()
+        .clamp(-1, 1)
+    )
 
 # %% ../../nbs/33_sdxl.data.ipynb #7223a89a
 class _Pictures:
     "Pictures with their prompts, each hashed when it is looked at"
-    def __init__(self, images): self.images,self.size,self.lowest,self.last = images,0,math.inf,(None, None, None)
+    def __init__(self, images):
+        self.images,self.size,self.lowest,self.last = images,0,math.inf,(None, None, None)
 
     def __getitem__(self, i): # `(image, prompt)`
         if self.last[0]!=i: self.last = (i, self.look(i), None)
@@ -270,12 +320,16 @@ class _Pictures:
         floats = isinstance(im, Tensor) and im.is_floating_point()
         if not floats or im.ndim!=3:
             got = f'{im.dtype} {tuple(im.shape)}' if isinstance(im, Tensor) else type(im).__name__
-            raise ValueError(f'{name}: a picture is a float tensor (3, h, w) in [-1, 1], got {got}; '
-                             'images.to_float turns bytes into one')
+            raise ValueError(
+                f'{name}: a picture is a float tensor (3, h, w) in [-1, 1], got {got}; '
+                'images.to_float turns bytes into one'
+            )
         check_finite(im, name)
         low,high = im.aminmax()
         if low<-1.01 or high>1.01:
-            raise ValueError(f'{name}: its values lie in {low:.3g} .. {high:.3g}, they must lie in -1 .. 1')
+            raise ValueError(
+                f'{name}: its values lie in {low:.3g} .. {high:.3g}, they must lie in -1 .. 1'
+            )
         self.size,self.lowest = im.numel(),min(self.lowest, low.item())
         return im, prompt
 
@@ -308,7 +362,9 @@ def encode_latents(
             xs.append(vae_encode(vae, im[None], noise))
             cs.append(_cond_tensors(encode_prompts(enc, [p], size), dtype))
             prompts.append(p)
-        return dict(latents=torch.cat(xs).to(dtype)) | {n: torch.cat([c[n] for c in cs]) for n in cs[0]}, prompts
+        return dict(latents=torch.cat(xs).to(dtype)) | {
+            n: torch.cat([c[n] for c in cs]) for n in cs[0]
+        }, prompts
     facts = dict(kind='latents', seed=seed, size=size, dtype=str(dtype))
     facts |= dict(encoder=identity(enc), vae=identity(vae))
     if hasattr(images, 'prompts'): facts['prompts'] = fingerprint(list(images.prompts))
@@ -316,7 +372,9 @@ def encode_latents(
     mark = None if 'pictures' in facts else _Mark(pictures, hashes)
     shards = write_shards(folder, len(images), make, shard, facts, progress, mark)
     if 0<=pictures.lowest<math.inf:
-        warnings.warn(f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1')
+        warnings.warn(
+            f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1'
+        )
     return shards
 
 # %% ../../nbs/33_sdxl.data.ipynb #acf34ea4
@@ -334,9 +392,14 @@ class LMDBLatents:
         path, # Folder with data.mdb, or the file itself
     ):
         self.path,self.table = Path(path),LMDB(path)
-        try: self.n,*self.shape = (int(o) for o in bytes(self.get('latents_shape')).decode().split())
-        except ValueError: raise ValueError(f'{self.path}: latents_shape holds no numbers') from None
-        if len(self.shape)!=3 or min(self.n, *self.shape)<1: raise ValueError(f'{self.path}: latents_shape must be (n, 4, h, w), got {(self.n, *self.shape)}')
+        try:
+            self.n,*self.shape = (int(o) for o in bytes(self.get('latents_shape')).decode().split())
+        except ValueError:
+            raise ValueError(f'{self.path}: latents_shape holds no numbers') from None
+        if len(self.shape)!=3 or min(self.n, *self.shape)<1:
+            raise ValueError(
+                f'{self.path}: latents_shape must be (n, 4, h, w), got {(self.n, *self.shape)}'
+            )
 
     def get(self, key):
         raw = self.table.get(key.encode())
@@ -346,15 +409,30 @@ class LMDBLatents:
     def __getitem__(self, i): # `(latent (4, h, w) float16, prompt)`
         if not 0<=i<self.n: raise IndexError(f'item {i} is not in 0..{self.n-1}')
         raw = self.get(f'latents_{i}_data')
-        if len(raw)!=2*math.prod(self.shape): raise ValueError(f'{self.path}: latents_{i}_data has {len(raw)} bytes, its shape needs {2*math.prod(self.shape)}')
-        return torch.frombuffer(bytearray(raw), dtype=torch.float16).reshape(self.shape), bytes(self.get(f'prompts_{i}_data')).decode('utf-8')
+        if len(raw)!=2*math.prod(self.shape):
+            raise ValueError(
+                f'{self.path}: latents_{i}_data has {len(raw)} bytes, its shape needs {2 * math.prod(self.shape)}'
+            )
+        return torch.frombuffer(bytearray(raw), dtype=torch.float16).reshape(self.shape), bytes(
+            self.get(f'prompts_{i}_data')
+        ).decode('utf-8')
 
-    def to_shards(self, folder, enc:TextEncoders, shard:int=256, size=1024, dtype=torch.float16, progress=None)->LatentShards:
+    def to_shards(
+        self,
+        folder,
+        enc: TextEncoders,
+        shard: int = 256,
+        size=1024,
+        dtype=torch.float16,
+        progress=None,
+    ) -> LatentShards:
         "The same items as shards, with their prompts encoded"
         def make(r):
             rows = [self[i] for i in r]
             cs = [_cond_tensors(encode_prompts(enc, [p], size), dtype) for _,p in rows]
-            return dict(latents=torch.stack([x for x,_ in rows])) | {n: torch.cat([c[n] for c in cs]) for n in cs[0]}, [p for _,p in rows]
+            return dict(latents=torch.stack([x for x, _ in rows])) | {
+                n: torch.cat([c[n] for c in cs]) for n in cs[0]
+            }, [p for _, p in rows]
         facts = dict(kind='lmdb', size=size, dtype=str(dtype))
         facts |= dict(lmdb=content_hash(self.path), encoder=identity(enc))
         return write_shards(folder, len(self), make, shard, facts, progress)

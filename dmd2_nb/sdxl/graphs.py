@@ -22,7 +22,9 @@ class CudaRecorder:
 
     def record(self, f): # `replay() -> what f returned`
         "Capture `f`, which reads and writes fixed tensors only"
-        torch.cuda.synchronize(); gc.collect(); torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream): out = f()
         def replay():
@@ -46,21 +48,37 @@ class Pass:
     "One role's forward or encode for one shape of inputs, and its backward passes"
     def __init__(self, net, kind, x, t, cond, recorder): # Network and which of its passes; example inputs; what records it
         self.net,self.kind,self.recorder = net,kind,recorder
-        self.x,self.t,self.cond,self.g = x.detach().clone(),t.clone(),cond_map(torch.clone, cond),None
+        self.x, self.t, self.cond, self.g = (
+            x.detach().clone(),
+            t.clone(),
+            cond_map(torch.clone, cond),
+            None,
+        )
         self.home,self.replays,self.asked = [p.data_ptr() for p in net.flats],{},set()
 
     def moved(self): return self.home!=[p.data_ptr() for p in self.net.flats]
     def fill(self, x, t, cond):
-        self.x.copy_(x); self.t.copy_(t); cond_map(lambda a,b: a.copy_(b), self.cond, cond)
+        self.x.copy_(x)
+        self.t.copy_(t)
+        cond_map(lambda a,b: a.copy_(b), self.cond, cond)
 
     def forward_only(self):
         with torch.no_grad(): return self.net.direct(self.kind, self.x, self.t, self.cond)
 
     def both(self, want_x, want_p):
         "Forward and backward from `self.g`; returns the gradient of the input, adds those of parameters to their buffers"
-        kind = self.x.device.type  # compiled blocks look at the autocast state: make it alike wherever they are called
-        with torch.enable_grad(), torch.autocast(kind, torch.bfloat16, enabled=False) if kind!='meta' else nullcontext():
-            x,flats = self.x.detach().requires_grad_(want_x),[p.detach().requires_grad_(want_p) for p in self.net.flats]
+        # compiled blocks look at the autocast state: make it alike wherever they are called
+        kind = self.x.device.type
+        with (
+            torch.enable_grad(),
+            torch.autocast(kind, torch.bfloat16, enabled=False)
+            if kind != 'meta'
+            else nullcontext(),
+        ):
+            x, flats = (
+                self.x.detach().requires_grad_(want_x),
+                [p.detach().requires_grad_(want_p) for p in self.net.flats],
+            )
             if want_p:
                 for a,p in zip(flats, self.net.flats): a.grad = p.grad
             out = self.net.direct(self.kind, x, self.t, self.cond, flats)
@@ -77,7 +95,9 @@ class Pass:
         "Record what was asked for since"
         for want in sorted(self.asked):
             before(*want)
-            self.replays[want] = self.recorder.record(self.forward_only if not want else lambda want=want: self.both(*want))
+            self.replays[want] = self.recorder.record(
+                self.forward_only if not want else lambda want=want: self.both(*want)
+            )
         self.asked.clear()
 
 # %% ../../nbs/32c_sdxl.graphs.ipynb #c724c5bc
@@ -94,13 +114,24 @@ class Replay(torch.autograd.Function):
     def backward(ctx, g):
         p,(x,t,*leaves),edges = ctx.p,ctx.saved_tensors,[n for n,_ in ctx.next_functions]
         wanted = lambda i: len(edges)>i and edges[i] is not None and _wanted(edges[i])
-        want = bool(ctx.needs_input_grad[4] and wanted(0)),bool(any(ctx.needs_input_grad[6+ctx.n:]) and wanted(2+ctx.n))
+        want = (
+            bool(ctx.needs_input_grad[4] and wanted(0)),
+            bool(any(ctx.needs_input_grad[6 + ctx.n :]) and wanted(2 + ctx.n)),
+        )
         p.fill(x, t, ctx.rebuild(leaves))
         p.g = torch.empty_like(g, memory_format=torch.contiguous_format) if p.g is None else p.g
         p.g.copy_(g)
         if want[1]: ctx.runner.claim(p.net)
         gx = p.run(*want) if any(want) else None
-        return None, None, None, None, (gx.clone() if want[0] else None), None, *[None]*(len(ctx.needs_input_grad)-6)
+        return (
+            None,
+            None,
+            None,
+            None,
+            (gx.clone() if want[0] else None),
+            None,
+            *[None] * (len(ctx.needs_input_grad) - 6),
+        )
 
 def _wanted(node):
     "Whether autograd will visit this node in the backward pass that is under way"
@@ -117,14 +148,22 @@ class Graphs:
         recorder=None,      # `CudaRecorder()` when absent
         share_grads=False,  # One set of gradient buffers for all roles: a role's `.grad` lasts until another role's backward pass
     ):
-        self.nets,self.recorder,self.share,self.passes,self.bufs,self.failed = list(nets),recorder or CudaRecorder(),share_grads,{},{},None
+        self.nets, self.recorder, self.share, self.passes, self.bufs, self.failed = (
+            list(nets),
+            recorder or CudaRecorder(),
+            share_grads,
+            {},
+            {},
+            None,
+        )
         for n in nets: n.base.runner = self
 
     def knows(self, net): return any(net is n for n in self.nets) and self.failed is None
     def off(self):
         "Back to plain passes; recordings and their memory are given up"
         for n in self.nets: n.base.runner = None
-        self.passes.clear(); self.bufs.clear()
+        self.passes.clear()
+        self.bufs.clear()
 
     def buffers(self, net):
         "The role's fixed gradient buffers"
@@ -165,10 +204,13 @@ class Graphs:
         def before(*want):
             if want and want[1]:
                 for q,b in zip(p.net.flats, self.buffers(p.net)): q.grad = b
-        try: p.record(before); return True
+        try:
+            p.record(before)
+            return True
         except RuntimeError as e:
             self.failed = str(e).splitlines()[0]
-            self.passes.clear(); self.bufs.clear()
+            self.passes.clear()
+            self.bufs.clear()
             warnings.warn(f'passes are not recorded, every step will be slower: {self.failed}')
             return False
         finally:

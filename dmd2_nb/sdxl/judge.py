@@ -22,9 +22,15 @@ class Probe:
     ):
         f,y = f.double(),y.to(f.device)
         self.mean,self.std = f.mean(0),f.std(0).clamp(min=1e-6)
-        x,hot = (f-self.mean)/self.std,torch.eye(int(y.max())+1, dtype=torch.float64, device=f.device)[y]
+        x, hot = (
+            (f - self.mean) / self.std,
+            torch.eye(int(y.max()) + 1, dtype=torch.float64, device=f.device)[y],
+        )
         self.share = hot.mean(0)
-        self.w = torch.linalg.solve(x.T@x+shrink*len(x)*torch.eye(x.shape[1], dtype=torch.float64, device=f.device), x.T@(hot-self.share))
+        self.w = torch.linalg.solve(
+            x.T @ x + shrink * len(x) * torch.eye(x.shape[1], dtype=torch.float64, device=f.device),
+            x.T @ (hot - self.share),
+        )
     def __call__(self, f): return (((f.double()-self.mean)/self.std)@self.w+self.share).argmax(1)
 
 # %% ../../nbs/39a_sdxl.judge.ipynb #acaea74b
@@ -34,7 +40,8 @@ def diversity(
     mean:Tensor,# Of real features, taken off first
 )->float:
     "Mean distance between pictures of one prompt"
-    if each<2 or len(f)%each: raise ValueError(f'{len(f)} pictures are not a number of prompts times {each}, at least 2')
+    if each<2 or len(f)%each:
+        raise ValueError(f'{len(f)} pictures are not a number of prompts times {each}, at least 2')
     x = torch.nn.functional.normalize((f-mean).double(), dim=1).view(-1, each, f.shape[1])
     gram = x@x.transpose(1, 2)
     return (1-(gram.sum((1, 2))-each)/(each*(each-1))).mean().item()
@@ -51,9 +58,13 @@ class PromptJudge:
         self.style = lambda d: d.cond[:,len(d.class_names):].argmax(1)
         self.refs = {n: self.look(d.images) for n,d in dict(train=train, held=held).items()}
         self.mean = self.refs['train'][0].mean(0)
-        self.probes = dict(class_right=Probe(self.refs['train'][0], train.labels), style_right=Probe(self.refs['train'][0], self.style(train)))
+        self.probes = dict(
+            class_right=Probe(self.refs['train'][0], train.labels),
+            style_right=Probe(self.refs['train'][0], self.style(train)),
+        )
 
-    def look(self, images): return self.extract(images),self.extract(torch.cat(list(patches(images, self.px//2))))
+    def look(self, images):
+        return self.extract(images),self.extract(torch.cat(list(patches(images, self.px//2))))
 
     def __call__(self,
         images:Tensor, # Bytes; `each` for the first row, then `each` for the second, ...
@@ -61,9 +72,18 @@ class PromptJudge:
         each:int=1,    # Pictures a row
     )->dict:
         "kid and patch_kid against held-out images with their errors, kid_train, class_right, style_right, diversity, n"
-        if len(images)!=each*len(rows): raise ValueError(f'{len(images)} pictures for {len(rows)} prompts of {each}')
+        if len(images)!=each*len(rows):
+            raise ValueError(f'{len(images)} pictures for {len(rows)} prompts of {each}')
         f,p = self.look(images)
         out = {}
-        for n,a,(ref,i) in (('kid', f, ('held', 0)), ('patch_kid', p, ('held', 1)), ('kid_train', f, ('train', 0))): out[n],out[f'{n}_se'] = kid(a, self.refs[ref][i])
-        for n,y in dict(class_right=rows.labels, style_right=self.style(rows)).items(): out[n] = (self.probes[n](f).cpu()==y.repeat_interleave(each)).double().mean().item()
-        return out | dict(diversity=diversity(f, each, self.mean) if each>1 else None, n=len(images))
+        for n, a, (ref, i) in (
+            ('kid', f, ('held', 0)),
+            ('patch_kid', p, ('held', 1)),
+            ('kid_train', f, ('train', 0)),
+        ):
+            out[n],out[f'{n}_se'] = kid(a, self.refs[ref][i])
+        for n,y in dict(class_right=rows.labels, style_right=self.style(rows)).items():
+            out[n] = (self.probes[n](f).cpu()==y.repeat_interleave(each)).double().mean().item()
+        return out | dict(
+            diversity=diversity(f, each, self.mean) if each > 1 else None, n=len(images)
+        )

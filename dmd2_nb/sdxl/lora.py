@@ -35,7 +35,10 @@ class LoraConv(nn.Conv2d):
         y = self._conv_forward(x, self.weight, self.bias)
         if ab is None: return y
         a,b = ab[self.place]
-        return y.add_(F.conv2d(F.conv2d(x, a, None, self.stride, self.padding, self.dilation), b), alpha=self.hook.scale)
+        return y.add_(
+            F.conv2d(F.conv2d(x, a, None, self.stride, self.padding, self.dilation), b),
+            alpha=self.hook.scale,
+        )
 
 class Hook:
     "What the layers of one unit share: the active adapter's matrices, or None"
@@ -68,21 +71,54 @@ class Unit:
         flats,rank,scale = self.base.active
         flat = None if flats is None or self.index is None else flats[self.index]
         if self.block and self.base.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, flat, rank, scale, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return checkpoint(
+                self.run,
+                flat,
+                rank,
+                scale,
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                **kwargs,
+            )
         return self.run(flat, rank, scale, *args, **kwargs)
 
-    def __deepcopy__(self, memo): raise TypeError('a U-Net that carries adapters cannot be copied: copy it before, or call restore() on its base')
+    def __deepcopy__(self, memo):
+        raise TypeError(
+            'a U-Net that carries adapters cannot be copied: copy it before, or call restore() on its base'
+        )
 
+# %% ../../nbs/32a_sdxl.lora.ipynb #155ce2d0
 def lora_shapes(layer, rank): # Shapes of A and B
     "Down to the rank and up again"
     if isinstance(layer, nn.Linear): return (rank, layer.in_features), (layer.out_features, rank)
-    return (rank, layer.in_channels//layer.groups, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+    return (rank, layer.in_channels // layer.groups, *layer.kernel_size), (
+        layer.out_channels,
+        rank,
+        1,
+        1,
+    )
 
 # %% ../../nbs/32a_sdxl.lora.ipynb #a7e63cc9
-LORA_TARGETS = ('to_q','to_k','to_v','to_out.0','proj_in','proj_out','ff.net.0.proj','ff.net.2','conv1','conv2','conv_shortcut',
-                'downsamplers.0.conv','upsamplers.0.conv','time_emb_proj')  # those of DMD2's SDXL LoRA
+LORA_TARGETS = (
+    'to_q',
+    'to_k',
+    'to_v',
+    'to_out.0',
+    'proj_in',
+    'proj_out',
+    'ff.net.0.proj',
+    'ff.net.2',
+    'conv1',
+    'conv2',
+    'conv_shortcut',
+    'downsamplers.0.conv',
+    'upsamplers.0.conv',
+    'time_emb_proj',
+)  # those of DMD2's SDXL LoRA
 BLOCKS = 'BasicTransformerBlock','ResnetBlock2D'
 
+# %% ../../nbs/32a_sdxl.lora.ipynb #1e938395
 class AdapterBase:
     "A frozen U-Net that any number of adapters share"
     def __init__(self,
@@ -90,18 +126,38 @@ class AdapterBase:
         targets=LORA_TARGETS,    # Endings of the layers that get matrices
         checkpointing=True,      # Recompute blocks in the backward pass instead of keeping their activations
     ):
-        self.unet,self.targets,self.checkpointing = unet.requires_grad_(False).eval(),tuple(targets),checkpointing
-        self.active,self.runner = (None, 0, 0.),None  # whose turn it is; what records passes, see `sdxl.graphs`
-        if any(isinstance(m, (LoraLinear, LoraConv)) for m in unet.modules()): raise ValueError('this U-Net carries adapters already')
-        hit = {n: m for n,m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and any(n==t or n.endswith('.'+t) for t in self.targets)}
-        if not hit: raise ValueError(f'no layer of this U-Net ends in any of {", ".join(self.targets)}')
+        self.unet, self.targets, self.checkpointing = (
+            unet.requires_grad_(False).eval(),
+            tuple(targets),
+            checkpointing,
+        )
+        # whose turn it is; what records passes, see `sdxl.graphs`
+        self.active,self.runner = (None, 0, 0.),None
+        if any(isinstance(m, (LoraLinear, LoraConv)) for m in unet.modules()):
+            raise ValueError('this U-Net carries adapters already')
+        hit = {
+            n: m
+            for n, m in unet.named_modules()
+            if isinstance(m, (nn.Linear, nn.Conv2d))
+            and any(n == t or n.endswith('.' + t) for t in self.targets)
+        }
+        if not hit:
+            raise ValueError(f'no layer of this U-Net ends in any of {", ".join(self.targets)}')
         blocks = {n: m for n,m in unet.named_modules() if type(m).__name__ in BLOCKS}
         inside = {n: {} for n in blocks}
-        for n,m in hit.items(): inside.setdefault(next((b for b in blocks if n.startswith(b+'.')), n), {})[n] = m
-        self.units = [Unit(self, n, unet.get_submodule(n), layers, n in blocks) for n,layers in inside.items()]
+        for n,m in hit.items():
+            inside.setdefault(next((b for b in blocks if n.startswith(b+'.')), n), {})[n] = m
+        self.units = [
+            Unit(self, n, unet.get_submodule(n), layers, n in blocks)
+            for n, layers in inside.items()
+        ]
         for m in hit.values(): m.__class__ = LoraLinear if isinstance(m, nn.Linear) else LoraConv
         for i,u in enumerate(u for u in self.units if u.layers): u.index = i
-        for u in self.units: u.plain,u.module.forward = (u.module.forward if u.block else type(u.module).forward.__get__(u.module)),u
+        for u in self.units:
+            u.plain, u.module.forward = (
+                (u.module.forward if u.block else type(u.module).forward.__get__(u.module)),
+                u,
+            )
 
     @property
     def carriers(self): return [u for u in self.units if u.layers]
@@ -110,12 +166,15 @@ class AdapterBase:
         "Compile the blocks of some kinds; equal ones share their code (PyTorch's regional compilation)"
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         for u in self.units:
-            if u.block and type(u.module).__name__ in kinds: u.plain = torch.compile(u.plain, dynamic=False, **kwargs)
+            if u.block and type(u.module).__name__ in kinds:
+                u.plain = torch.compile(u.plain, dynamic=False, **kwargs)
     def restore(self):
         "Give the U-Net its own layers back"
         for u in self.units:
             del u.module.forward
-            for l in u.layers.values(): l.__class__ = nn.Linear if isinstance(l, nn.Linear) else nn.Conv2d; del l.hook,l.place
+            for l in u.layers.values():
+                l.__class__ = nn.Linear if isinstance(l, nn.Linear) else nn.Conv2d
+                del l.hook,l.place
         self.units = []
         return self.unet
 
@@ -134,11 +193,19 @@ class AdapterNet(CondUNet):
         if rank<0: raise ValueError(f'rank must not be negative, got {rank}')
         self.__dict__.update(base=base, rank=rank, alpha=float(alpha))
         w = base.unet.conv_in.weight
-        dtype,device = (torch.float64 if w.dtype==torch.float64 else torch.float32),(device or w.device)
-        self.flats = nn.ParameterList([torch.zeros(u.numel(rank), dtype=dtype, device=device) for u in base.carriers] if rank else [])
+        dtype, device = (
+            (torch.float64 if w.dtype == torch.float64 else torch.float32),
+            (device or w.device),
+        )
+        self.flats = nn.ParameterList(
+            [torch.zeros(u.numel(rank), dtype=dtype, device=device) for u in base.carriers]
+            if rank
+            else []
+        )
         if rank and torch.device(device).type!='meta':
             g = torch.Generator().manual_seed(seed)
-            for a,_ in self.tensors().values(): a.copy_(torch.empty(a.shape).uniform_(-1, 1, generator=g)/math.sqrt(a[0].numel()))
+            for a,_ in self.tensors().values():
+                a.copy_(torch.empty(a.shape).uniform_(-1, 1, generator=g)/math.sqrt(a[0].numel()))
 
     @property
     def unet(self): return self.base.unet
@@ -149,11 +216,18 @@ class AdapterNet(CondUNet):
     def encode(self, x, t, cond=None): return self._run('encode', x, t, cond)
     def _run(self, kind, x, t, cond):
         r = self.base.runner
-        return r(self, kind, x, t, cond) if r is not None and r.knows(self) else self.direct(kind, x, t, cond)
+        return (
+            r(self, kind, x, t, cond)
+            if r is not None and r.knows(self)
+            else self.direct(kind, x, t, cond)
+        )
 
     def direct(self, kind, x, t, cond=None, flats=None):
         "Forward or encode with this adapter active (or with other flat tensors of its layout), then whoever was before"
-        was,self.base.active = self.base.active,((flats or list(self.flats), self.rank, self.scale) if self.rank else (None, 0, 0.))
+        was, self.base.active = (
+            self.base.active,
+            ((flats or list(self.flats), self.rank, self.scale) if self.rank else (None, 0, 0.0)),
+        )
         try: return getattr(CondUNet, kind)(self, x, t, cond)
         finally: self.base.active = was
 
@@ -164,7 +238,11 @@ class AdapterNet(CondUNet):
     @torch.no_grad()
     def tensors(self)->dict: # Layer name -> `(A, B)`, views of the parameters
         "The adapter's matrices by layer"
-        return {n: ab for u,p in zip(self.base.carriers, self.flats) for n,ab in zip(u.layers, u.carve(p.detach(), self.rank))}
+        return {
+            n: ab
+            for u, p in zip(self.base.carriers, self.flats)
+            for n, ab in zip(u.layers, u.carve(p.detach(), self.rank))
+        }
 
     @torch.no_grad()
     def load(self,
@@ -175,7 +253,9 @@ class AdapterNet(CondUNet):
         mine = self.tensors()
         names = lambda pairs: {f'{n}.{x}': v for n,ab in pairs.items() for x,v in zip('AB', ab)}
         check_fit(names(mine), names(tensors), source, ' this U-Net')
-        for n,(a,b) in mine.items(): a.copy_(tensors[n][0]); b.copy_(tensors[n][1])
+        for n,(a,b) in mine.items():
+            a.copy_(tensors[n][0])
+            b.copy_(tensors[n][1])
         return self
 
     @torch.no_grad()
@@ -185,11 +265,17 @@ class AdapterNet(CondUNet):
         for n,(a,b) in self.tensors().items():
             w = sd[f'{n}.weight']
             wide = torch.promote_types(w.dtype, torch.float32)
-            sd[f'{n}.weight'] = (w.to(wide) + self.scale*(b.cpu().to(wide).flatten(1)@a.cpu().to(wide).flatten(1)).view(w.shape)).to(w.dtype)
+            sd[f'{n}.weight'] = (
+                w.to(wide)
+                + self.scale
+                * (b.cpu().to(wide).flatten(1) @ a.cpu().to(wide).flatten(1)).view(w.shape)
+            ).to(w.dtype)
         return sd
 
     def __deepcopy__(self, memo):
         new = AdapterNet(self.base, self.rank, self.alpha, device='meta')
-        new.flats = nn.ParameterList([nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.flats])
+        new.flats = nn.ParameterList(
+            [nn.Parameter(p.detach().clone(), p.requires_grad) for p in self.flats]
+        )
         memo[id(self)] = new
         return new.train(self.training)

@@ -39,7 +39,8 @@ class MemoryMeter(TorchDispatchMode):
             st = t.untyped_storage()
             if id(st) in self.live: continue
             self.live[id(st)] = n = -(-st.nbytes()//self.block)*self.block
-            self.now += n; self.peak = max(self.peak, self.now)
+            self.now += n
+            self.peak = max(self.peak, self.now)
             if self.pool is not None: self.blocks[id(st)] = self.pool,self.pool.take(n)
             weakref.finalize(st, self._gone, id(st))
 
@@ -64,7 +65,8 @@ class MemoryMeter(TorchDispatchMode):
         if effect is None: effect = self.effects[func] = _effect(func)
         first = args[0] if args else None
         first = first[0] if isinstance(first, (list, tuple)) and first else first
-        if effect=='alias' or not isinstance(first, Tensor) or not (key := _key((args, kwargs))): return func(*args, **kwargs)
+        if effect=='alias' or not isinstance(first, Tensor) or not (key := _key((args, kwargs))):
+            return func(*args, **kwargs)
         if effect=='inplace':
             if (func, key) in self.seen: return args[0]
             self.seen[func, key] = ()
@@ -72,10 +74,23 @@ class MemoryMeter(TorchDispatchMode):
         made = self.seen.get((func, key))
         if made is None:
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) or isinstance(out, tuple) and all(o is None or isinstance(o, Tensor) for o in out):
-                self.seen[func, key] = tuple(o if o is None else (o.shape, o.stride(), o.dtype) for o in (out if isinstance(out, tuple) else (out,))),isinstance(out, tuple)
+            if (
+                isinstance(out, Tensor)
+                or isinstance(out, tuple)
+                and all(o is None or isinstance(o, Tensor) for o in out)
+            ):
+                self.seen[func, key] = (
+                    tuple(
+                        o if o is None else (o.shape, o.stride(), o.dtype)
+                        for o in (out if isinstance(out, tuple) else (out,))
+                    ),
+                    isinstance(out, tuple),
+                )
             return out
-        new = tuple(None if o is None else torch.empty_strided(o[0], o[1], dtype=o[2], device='meta') for o in made[0])
+        new = tuple(
+            None if o is None else torch.empty_strided(o[0], o[1], dtype=o[2], device='meta')
+            for o in made[0]
+        )
         return new if made[1] else new[0]
 
 # %% ../../nbs/32b_sdxl.memory.ipynb #68764075
@@ -84,7 +99,15 @@ def _effect(func):
     s = func._schema
     ins,outs = [a.alias_info for a in s.arguments],[a.alias_info for a in s.returns]
     if not any(ins) and not any(outs): return 'new'
-    return 'inplace' if ins[0] is not None and ins[0].is_write and not any(ins[1:]) and len(outs)==1 and outs[0] is not None else 'alias'
+    return (
+        'inplace'
+        if ins[0] is not None
+        and ins[0].is_write
+        and not any(ins[1:])
+        and len(outs) == 1
+        and outs[0] is not None
+        else 'alias'
+    )
 
 def _key(o):
     "What the shape of a result depends on; None if a tensor is not on `meta`"
@@ -93,7 +116,14 @@ def _key(o):
         ks = tuple(_key(v) for v in o)
         return None if None in ks else ks
     if isinstance(o, dict): return _key(tuple(o.items()))
-    return (o,) if o is None or isinstance(o, (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format)) else None
+    return (
+        (o,)
+        if o is None
+        or isinstance(
+            o, (int, float, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+        )
+        else None
+    )
 
 # %% ../../nbs/32b_sdxl.memory.ipynb #23ead446
 class FusedFootprint(torch.autograd.Function):
@@ -112,7 +142,12 @@ class FusedFootprint(torch.autograd.Function):
 @contextmanager
 def fused_attention():
     "Inside, attention has the footprint of a fused kernel; for counting only"
-    with patch.object(F, 'scaled_dot_product_attention', lambda q, k, v, *args, **kwargs: FusedFootprint.apply(q, k, v)): yield
+    with patch.object(
+        F,
+        'scaled_dot_product_attention',
+        lambda q, k, v, *args, **kwargs: FusedFootprint.apply(q, k, v),
+    ):
+        yield
 
 # %% ../../nbs/32b_sdxl.memory.ipynb #219f3bd4
 class AutocastFootprint(TorchFunctionMode):
@@ -142,14 +177,16 @@ class AutocastFootprint(TorchFunctionMode):
 
     def _cast(self, t, to):
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype==to: return t
-        if self.kept is None or to!=self.dtype or not (t.requires_grad and t.is_leaf): return t.to(to)
+        if self.kept is None or to!=self.dtype or not (t.requires_grad and t.is_leaf):
+            return t.to(to)
         if id(t) not in self.kept: self.kept[id(t)] = t.to(to)
         return self.kept[id(t)]
 
 # %% ../../nbs/32b_sdxl.memory.ipynb #110d0693
 class AllocatorModel:
     "The rules of CUDA's caching allocator: blocks cut from segments, which are never given back"
-    def __init__(self): self.reserved,self.n,self.free,self.start,self.end = 0,0,{True: [], False: []},{},{}
+    def __init__(self):
+        self.reserved,self.n,self.free,self.start,self.end = 0,0,{True: [], False: []},{},{}
 
     def take(self, n:int):
         "A block of at least `n` bytes, a multiple of 512: `(small, segment, place, size)`"
@@ -158,9 +195,16 @@ class AllocatorModel:
         i = bisect_left(free, (n,))
         if i<len(free): size,seg,at = self._drop(small, *free[i])
         else:
-            size,seg,at = (2*MiB if small else 20*MiB if n<10*MiB else -(-n//(2*MiB))*2*MiB),self.n,0
-            self.n += 1; self.reserved += size
-        if size-n>=(512 if small else MiB+1): self._put(small, size-n, seg, at+n); size = n
+            size, seg, at = (
+                (2 * MiB if small else 20 * MiB if n < 10 * MiB else -(-n // (2 * MiB)) * 2 * MiB),
+                self.n,
+                0,
+            )
+            self.n += 1
+            self.reserved += size
+        if size-n>=(512 if small else MiB+1):
+            self._put(small, size-n, seg, at+n)
+            size = n
         return small,seg,at,size
 
     def give(self, block):
@@ -191,6 +235,7 @@ def bytes_of(
         if isinstance(t, Tensor): seen[id(t.untyped_storage())] = t.untyped_storage().nbytes()
     for o in things:
         if isinstance(o, nn.Module): [look(t) for t in (*o.parameters(), *o.buffers())]
-        elif isinstance(o, torch.optim.Optimizer): [look(t) for s in o.state.values() for t in s.values()]
+        elif isinstance(o, torch.optim.Optimizer):
+            [look(t) for s in o.state.values() for t in s.values()]
         else: look(o)
     return sum(seen.values())

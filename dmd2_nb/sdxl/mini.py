@@ -40,7 +40,10 @@ class PatchCodec(nn.Module):
     ):
         super().__init__()
         self.patch,self.channels,k = patch,channels,3*patch**2
-        for n,s in dict(enc=(channels,3,patch,patch), shift=(channels,), dec=(k,channels,3,3), mean=(k,)).items(): self.register_buffer(n, torch.zeros(s))
+        for n, s in dict(
+            enc=(channels, 3, patch, patch), shift=(channels,), dec=(k, channels, 3, 3), mean=(k,)
+        ).items():
+            self.register_buffer(n, torch.zeros(s))
 
     @classmethod
     @torch.no_grad()
@@ -55,9 +58,20 @@ class PatchCodec(nn.Module):
         u = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()  # (patches, k)
         values,vectors = torch.linalg.eigh(torch.cov(u.T))
         v = vectors.flip(1)[:,:channels]
-        v = v*v.gather(0, v.abs().argmax(0, keepdim=True)).sign()/values.flip(0)[:channels].clamp(min=1e-12).sqrt()
-        self.enc.copy_(v.T.reshape(self.enc.shape)); self.shift.copy_(-u.mean(0)@v); self.mean.copy_(u.mean(0))
-        near = F.unfold(F.pad(self._code(x), (1, 1, 1, 1), mode='replicate'), 3).transpose(1, 2).flatten(0, 1).double()
+        v = (
+            v
+            * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+            / values.flip(0)[:channels].clamp(min=1e-12).sqrt()
+        )
+        self.enc.copy_(v.T.reshape(self.enc.shape))
+        self.shift.copy_(-u.mean(0)@v)
+        self.mean.copy_(u.mean(0))
+        near = (
+            F.unfold(F.pad(self._code(x), (1, 1, 1, 1), mode='replicate'), 3)
+            .transpose(1, 2)
+            .flatten(0, 1)
+            .double()
+        )
         a,b = near.T@near,near.T@(u-u.mean(0))
         w = torch.linalg.solve(a+1e-6*len(near)*torch.eye(len(a), dtype=a.dtype), b)
         self.dec.copy_(w.T.reshape(self.dec.shape))
@@ -72,10 +86,21 @@ class PatchCodec(nn.Module):
         z = self._code(x)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=z, std=torch.zeros_like(z)))
     def decode(self, z):
-        return SimpleNamespace(sample=F.pixel_shuffle(F.conv2d(F.pad(z, (1, 1, 1, 1), mode='replicate'), self.dec, self.mean), self.patch))
+        return SimpleNamespace(
+            sample=F.pixel_shuffle(
+                F.conv2d(F.pad(z, (1, 1, 1, 1), mode='replicate'), self.dec, self.mean), self.patch
+            )
+        )
 
 # %% ../../nbs/39_mini_sdxl.ipynb #eb7f46fd
-STYLES = {'fluent3d': 'fluent 3d', 'fluent-emoji': 'fluent emoji', 'fluent-emoji-flat': 'fluent flat', 'noto': 'noto', 'noto-v1': 'noto first', 'fxemoji': 'firefox'}
+STYLES = {
+    'fluent3d': 'fluent 3d',
+    'fluent-emoji': 'fluent emoji',
+    'fluent-emoji-flat': 'fluent flat',
+    'noto': 'noto',
+    'noto-v1': 'noto first',
+    'fxemoji': 'firefox',
+}
 
 def split_words(
     prompt:str, # Text
@@ -89,7 +114,10 @@ def emoji_prompts(
     "Style and name of each image"
     styles = data.cond[:,len(data.class_names):].argmax(1).tolist()
     names = [' '.join(split_words(data.concept_names[i])) for i in data.concepts.tolist()]
-    return [f'{STYLES.get(data.style_names[s], data.style_names[s])}: {n}' for s,n in zip(styles, names)]
+    return [
+        f'{STYLES.get(data.style_names[s], data.style_names[s])}: {n}'
+        for s, n in zip(styles, names)
+    ]
 
 # %% ../../nbs/39_mini_sdxl.ipynb #a9e475be
 class WordEncoder(nn.Module):
@@ -104,13 +132,25 @@ class WordEncoder(nn.Module):
         super().__init__()
         self.words,self.length = tuple(words),length
         self.index = {w: i+2 for i,w in enumerate(self.words)}  # 0 is no word, 1 an unknown one
-        self.embed,self.place = nn.Embedding(len(self.words)+2, width),nn.Parameter(0.02*torch.randn(length, width))
-        layer = lambda: nn.TransformerEncoderLayer(width, 4, 2*width, dropout=0., activation='gelu', batch_first=True, norm_first=True)
-        self.layers,self.norm,self.pool = nn.ModuleList(layer() for _ in range(layers)),nn.LayerNorm(width),nn.Linear(width, pooled)
+        self.embed, self.place = (
+            nn.Embedding(len(self.words) + 2, width),
+            nn.Parameter(0.02 * torch.randn(length, width)),
+        )
+        layer = lambda: nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, activation='gelu', batch_first=True, norm_first=True
+        )
+        self.layers, self.norm, self.pool = (
+            nn.ModuleList(layer() for _ in range(layers)),
+            nn.LayerNorm(width),
+            nn.Linear(width, pooled),
+        )
 
     def tokens(self, prompts)->Tensor: # (b, length)
         "Word numbers"
-        rows = [[self.index.get(w, 1) for w in split_words(p)][:self.length] for p in ([prompts] if isinstance(prompts, str) else prompts)]
+        rows = [
+            [self.index.get(w, 1) for w in split_words(p)][: self.length]
+            for p in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
         if not all(rows): raise ValueError(f'prompt {rows.index([])} has no words')
         return torch.tensor([r+[0]*(self.length-len(r)) for r in rows], device=self.place.device)
 
@@ -121,10 +161,22 @@ class WordEncoder(nn.Module):
         return h, self.pool((h*known).sum(1)/known.sum(1))
 
 # %% ../../nbs/39_mini_sdxl.ipynb #1afafd7b
-MINI_UNET = SDXL_UNET | dict(sample_size=32, norm_num_groups=16, block_out_channels=(64,128,160), layers_per_block=1, transformer_layers_per_block=(1,1,1),
-    attention_head_dim=(2,4,5), cross_attention_dim=128, addition_time_embed_dim=32, projection_class_embeddings_input_dim=64+6*32)
-NANO_UNET = MINI_UNET | dict(sample_size=16, norm_num_groups=8, block_out_channels=(16,16,32), attention_head_dim=(2,2,2))
+MINI_UNET = SDXL_UNET | dict(
+    sample_size=32,
+    norm_num_groups=16,
+    block_out_channels=(64, 128, 160),
+    layers_per_block=1,
+    transformer_layers_per_block=(1, 1, 1),
+    attention_head_dim=(2, 4, 5),
+    cross_attention_dim=128,
+    addition_time_embed_dim=32,
+    projection_class_embeddings_input_dim=64 + 6 * 32,
+)
+NANO_UNET = MINI_UNET | dict(
+    sample_size=16, norm_num_groups=8, block_out_channels=(16, 16, 32), attention_head_dim=(2, 2, 2)
+)
 
+# %% ../../nbs/39_mini_sdxl.ipynb #ea4754e6
 class MiniSDXL(nn.Module):
     "U-Net, word encoder and patch code: a text-to-image model"
     def __init__(self, unet, text:WordEncoder, codec:PatchCodec, px:int): # U-Net; words to vectors; pictures to latents and back; side of a picture
@@ -145,16 +197,30 @@ class MiniSDXL(nn.Module):
     def cond(self, prompts, batch:int=1024)->SDXLCond:
         "Prompts as the U-Net's condition"
         ids = self.text.tokens(prompts)
-        return cond_cat(*(self.join(i) for i in ids.split(batch))) if len(ids)>batch else self.join(ids)
+        return (
+            cond_cat(*(self.join(i) for i in ids.split(batch)))
+            if len(ids) > batch
+            else self.join(ids)
+        )
 
     @torch.no_grad()
     def latents(self, images:Tensor, batch:int=512)->Tensor: # Bytes (n, 3, px, px) -> (n, c, h, w)
         "Images as latents"
-        return torch.cat([self.codec.encode(to_float(x.to(self.codec.device))).latent_dist.mean for x in images.split(batch)])
+        return torch.cat(
+            [
+                self.codec.encode(to_float(x.to(self.codec.device))).latent_dist.mean
+                for x in images.split(batch)
+            ]
+        )
     @torch.no_grad()
     def images(self, z:Tensor, batch:int=512)->Tensor: # Bytes, on the CPU
         "Latents as images"
-        return torch.cat([to_uint8(self.codec.decode(x.to(self.codec.device, self.codec.dtype)).sample).cpu() for x in z.split(batch)])
+        return torch.cat(
+            [
+                to_uint8(self.codec.decode(x.to(self.codec.device, self.codec.dtype)).sample).cpu()
+                for x in z.split(batch)
+            ]
+        )
 
 # %% ../../nbs/39_mini_sdxl.ipynb #179ec2d3
 def mini_sdxl(
@@ -168,8 +234,17 @@ def mini_sdxl(
     words = sorted({w for p in emoji_prompts(data) for w in split_words(p)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text = WordEncoder(words, config['cross_attention_dim'], config['projection_class_embeddings_input_dim']-6*config['addition_time_embed_dim'])
-    return MiniSDXL(make_unet(config, seed, sample_size=px//patch), text, PatchCodec.fit(data.images, patch), px)
+        text = WordEncoder(
+            words,
+            config['cross_attention_dim'],
+            config['projection_class_embeddings_input_dim'] - 6 * config['addition_time_embed_dim'],
+        )
+    return MiniSDXL(
+        make_unet(config, seed, sample_size=px // patch),
+        text,
+        PatchCodec.fit(data.images, patch),
+        px,
+    )
 
 # %% ../../nbs/39_mini_sdxl.ipynb #bb79d9b9
 def train_mini(
@@ -183,21 +258,46 @@ def train_mini(
     graph=False,       # Replay each update as a CUDA graph
 ): # Yields dict(step, loss, lr, ema)
     "Train U-Net and words to predict noise"
-    nets,D,device = nn.ModuleDict(dict(unet=m.unet, text=m.text)).train().requires_grad_(True),m.denoiser(),x.device
+    nets, D, device = (
+        nn.ModuleDict(dict(unet=m.unet, text=m.text)).train().requires_grad_(True),
+        m.denoiser(),
+        x.device,
+    )
     cuda = device.type=='cuda'
-    opt,ema,dtype = torch.optim.AdamW(trainable(nets), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99), fused=cuda or None, capturable=cuda),EMA(nets, halflife),compute_dtype(dtype, device)
+    opt, ema, dtype = (
+        torch.optim.AdamW(
+            trainable(nets),
+            lr=1e-3,
+            weight_decay=0.01,
+            betas=(0.9, 0.99),
+            fused=cuda or None,
+            capturable=cuda,
+        ),
+        EMA(nets, halflife),
+        compute_dtype(dtype, device),
+    )
     def update(x, ids, keep, sigma, noise):
-        with torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16): loss = dsm_loss(D, x, sigma, m.join(ids, keep), noise)
-        opt.zero_grad(set_to_none=True); loss.backward()
-        nn.utils.clip_grad_norm_(nets.parameters(), 1.); opt.step()
+        with torch.autocast(device.type, dtype, enabled=dtype==torch.bfloat16):
+            loss = dsm_loss(D, x, sigma, m.join(ids, keep), noise)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(nets.parameters(), 1.)
+        opt.step()
         return loss.detach()
     if graph: update = CudaGraph(update)
     for g in opt.param_groups: g['lr'] = torch.tensor(1e-3, device=device) if cuda else 1e-3
     for step,rows in zip(range(steps), shuffled(len(ids), batch, seed)):
         g,rows = rng(seed, step, device=device),torch.tensor(rows).to(device, non_blocking=True)
-        x0 = x[rows] if x.ndim==4 else x[torch.randint(2, (batch,), generator=g, device=device), rows]
+        x0 = (
+            x[rows]
+            if x.ndim == 4
+            else x[torch.randint(2, (batch,), generator=g, device=device), rows]
+        )
         keep = (torch.rand(batch, generator=g, device=device)>=drop).float()
-        sigma,noise = D.sample_sigma(batch, generator=g, device=device),torch.randn(x0.shape, generator=g, device=device)
+        sigma, noise = (
+            D.sample_sigma(batch, generator=g, device=device),
+            torch.randn(x0.shape, generator=g, device=device),
+        )
         rate = (lr(step) if callable(lr) else lr)*min(1, (step+1)/warmup)
         for p in opt.param_groups: p['lr'] = p['lr'].fill_(rate) if cuda else rate
         loss = update(x0, ids[rows], keep, sigma, noise)
@@ -224,7 +324,11 @@ def draw_mini(
     D=None,            # Another denoiser on the same latents; the model's own when absent
 )->Tensor: # Bytes, (n, 3, px, px)
     "Pictures by many steps"
-    G = Guided(m.denoiser() if D is None else D, guidance, zero_uncond) if guidance!=1 else (D or m.denoiser())
+    G = (
+        Guided(m.denoiser() if D is None else D, guidance, zero_uncond)
+        if guidance != 1
+        else (D or m.denoiser())
+    )
     out,device = [],m.codec.device
     for i in range(0, len(prompts), batch):
         c = m.cond(prompts[i:i+batch])
@@ -240,24 +344,40 @@ def save_mini(
     **facts, # JSON-able, kept beside
 ):
     "A model in a folder"
-    half = lambda net: {k: v.detach().to('cpu', dtype).contiguous() for k,v in net.state_dict().items()}
+    half = lambda net: {
+        k: v.detach().to('cpu', dtype).contiguous() for k, v in net.state_dict().items()
+    }
     config = {k: v for k,v in m.unet.config.items() if k in SDXL_UNET or k=='norm_num_groups'}
-    return save_folder(folder, dict(unet=half(m.unet), text=half(m.text), codec=m.codec.state_dict()),
-                       dict(unet=config, words=m.text.words, patch=m.codec.patch, px=m.px, facts=facts))
+    return save_folder(
+        folder,
+        dict(unet=half(m.unet), text=half(m.text), codec=m.codec.state_dict()),
+        dict(unet=config, words=m.text.words, patch=m.codec.patch, px=m.px, facts=facts),
+    )
 
+# %% ../../nbs/39_mini_sdxl.ipynb #150fe2bf
 def load_mini(
     folder, # Of `save_mini`
     device='cpu', # Where it works
 )->MiniSDXL: # In float32, frozen
     "Open it again"
     folder = Path(folder)
-    if not (folder/'state.json').is_file(): raise FileNotFoundError(f'{folder} holds no mini model: state.json is missing')
+    if not (folder/'state.json').is_file():
+        raise FileNotFoundError(f'{folder} holds no mini model: state.json is missing')
     s = json.loads((folder/'state.json').read_text(encoding='utf-8'))
     if 'words' not in s: raise ValueError(f'{folder}/state.json describes no mini model')
     c = s['unet']
-    text = WordEncoder(s['words'], c['cross_attention_dim'], c['projection_class_embeddings_input_dim']-6*c['addition_time_embed_dim'])
+    text = WordEncoder(
+        s['words'],
+        c['cross_attention_dim'],
+        c['projection_class_embeddings_input_dim'] - 6 * c['addition_time_embed_dim'],
+    )
     m = MiniSDXL(make_unet(c), text, PatchCodec(s['patch']), s['px'])
-    for n in ('unet', 'text', 'codec'): load_into(getattr(m, n), {k: v.float() for k,v in read_tensors(folder/f'{n}.safetensors')[0].items()}, f'{folder}/{n}.safetensors')
+    for n in ('unet', 'text', 'codec'):
+        load_into(
+            getattr(m, n),
+            {k: v.float() for k, v in read_tensors(folder / f'{n}.safetensors')[0].items()},
+            f'{folder}/{n}.safetensors',
+        )
     return m.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/39_mini_sdxl.ipynb #9f265b7b
@@ -268,7 +388,8 @@ class MiniData:
         x:Tensor=None,  # Latents; without them a stream of conditions
     ):
         self.x,self.cond,self.index = x,cond,dict(kind='conditions' if x is None else 'latents')
-        if x is not None and len(x)!=cond_len(cond): raise ValueError(f'{len(x)} latents and {cond_len(cond)} conditions')
+        if x is not None and len(x)!=cond_len(cond):
+            raise ValueError(f'{len(x)} latents and {cond_len(cond)} conditions')
     def __len__(self): return cond_len(self.cond)
     def batches(self, n:int, seed:int=0, start:int=0, device=None):
         "An endless stream; batch `k` is known from seed and k alone"
@@ -279,8 +400,29 @@ class MiniData:
             yield c if self.x is None else (to(self.x[i.to(self.x.device)]), c)
 
 # %% ../../nbs/39_mini_sdxl.ipynb #eb343acd
-mini_config = replace(sdxl_lora_config, batch=64, ttur=5, lr_g=1.25e-5, lr_fake=2.5e-5, lr_head=6.25e-5, betas_g=(0.,0.99), betas_fake=(0.,0.99), lr_warmup=50,
-                      gan_g=0.02, gan_d=0.04, guidance=2., warmup_fake=100, ema_halflife=50., dtype='auto')
-mini_lora_config = replace(mini_config, lr_g=6.25e-5, lr_fake=6.25e-5)  # adapters: their product is scaled by alpha/rank (8/64 here), so they need larger rates
-TABLE4 = dict(full={}, no_gan=dict(gan_g=0., gan_d=0.), no_matching=dict(w_dm=0.), no_backsim=dict(rollout='real'))
+mini_config = replace(
+    sdxl_lora_config,
+    batch=64,
+    ttur=5,
+    lr_g=1.25e-5,
+    lr_fake=2.5e-5,
+    lr_head=6.25e-5,
+    betas_g=(0.0, 0.99),
+    betas_fake=(0.0, 0.99),
+    lr_warmup=50,
+    gan_g=0.02,
+    gan_d=0.04,
+    guidance=2.0,
+    warmup_fake=100,
+    ema_halflife=50.0,
+    dtype='auto',
+)
+# adapters: their product is scaled by alpha/rank (8/64 here), so they need larger rates
+mini_lora_config = replace(mini_config, lr_g=6.25e-5, lr_fake=6.25e-5)
+TABLE4 = dict(
+    full={},
+    no_gan=dict(gan_g=0.0, gan_d=0.0),
+    no_matching=dict(w_dm=0.0),
+    no_backsim=dict(rollout='real'),
+)
 ONE_STEP = {f'one_step_{t}': dict(levels=sdxl_sigmas((t,)).tolist()) for t in (399, 999)}

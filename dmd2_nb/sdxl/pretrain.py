@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..system.checkpoint import (check_fields, load_folder, load_last, load_optim, newest, optim_tensors, read_state,
-                                       save_folder, save_last)
+from dmd2_nb.system.checkpoint import (
+    check_fields,
+    load_folder,
+    load_last,
+    load_optim,
+    newest,
+    optim_tensors,
+    read_state,
+    save_folder,
+    save_last,
+)
 from ..system.tensors import check_finite, load_into
 from ..system.plan import identity
 from ..core import check_number, cond_cat, cond_to, compute_dtype, rng
@@ -65,11 +74,17 @@ def teacher_pairs(
             rows = list(r[j:j+batch])
             _,c,p = conds.items([i%len(conds) for i in rows])
             z = torch.cat([pair_noise(shape, i, seed) for i in rows]).to(device)
-            xs.append(euler_sample(teacher, z, sigmas, cond_to(c, device, torch.float32)).cpu()); cs.append(c); names += p
+            xs.append(euler_sample(teacher, z, sigmas, cond_to(c, device, torch.float32)).cpu())
+            cs.append(c)
+            names += p
         c = cond_cat(*cs)
-        return dict(latents=torch.cat(xs).half()) | (c._asdict() if hasattr(c, '_asdict') else dict(text=c)), names
+        return dict(latents=torch.cat(xs).half()) | (
+            c._asdict() if hasattr(c, '_asdict') else dict(text=c)
+        ), names
     facts = dict(kind='pairs', seed=seed, steps=steps, shape=shape, teacher=identity(teacher))
-    facts['conditions'] = conds.content_hash() if hasattr(conds, 'content_hash') else identity(conds)
+    facts['conditions'] = (
+        conds.content_hash() if hasattr(conds, 'content_hash') else identity(conds)
+    )
     return write_shards(folder, n, make, shard, facts, progress)
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #543760dc
@@ -95,34 +110,74 @@ def regression_pretrain(
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
 ): # Yields the loss of each update
     "Teach a generator its teacher's pairs in one step"
-    steps,save_every,batch = (check_number(k, v, 1, whole=True) for k,v in dict(steps=steps, save_every=save_every, batch=batch).items())
+    steps, save_every, batch = (
+        check_number(k, v, 1, whole=True)
+        for k, v in dict(steps=steps, save_every=save_every, batch=batch).items()
+    )
     check_number('lr', lr, above=0, most=1)
     check_number('clip', clip, 0)
-    decode,distance,sigma,device = decode or (lambda x: x),distance or _mse,sdxl_sigmas((timestep,))[0].float(),next(G.parameters()).device
-    opt,dtype = torch.optim.AdamW(trainable(G), lr=lr, weight_decay=0.01),compute_dtype(dtype, device)
-    if dtype==torch.float16: raise ValueError('regression_pretrain has no loss scaling: dtype must be bfloat16 or float32')
+    decode, distance, sigma, device = (
+        decode or (lambda x: x),
+        distance or _mse,
+        sdxl_sigmas((timestep,))[0].float(),
+        next(G.parameters()).device,
+    )
+    opt, dtype = (
+        torch.optim.AdamW(trainable(G), lr=lr, weight_decay=0.01),
+        compute_dtype(dtype, device),
+    )
+    if dtype==torch.float16:
+        raise ValueError(
+            'regression_pretrain has no loss scaling: dtype must be bfloat16 or float32'
+        )
     pairs.need('pairs')
-    steps,save_every,batch = (check_number(k, v, 1, whole=True) for k,v in dict(steps=steps, save_every=save_every, batch=batch).items())
+    steps, save_every, batch = (
+        check_number(k, v, 1, whole=True)
+        for k, v in dict(steps=steps, save_every=save_every, batch=batch).items()
+    )
     check_number('lr', lr, above=0, most=1)
     check_number('clip', clip, 0)
     if len(pairs)<batch: raise ValueError(f'{len(pairs)} pairs are fewer than a batch of {batch}')
-    run,at = dict(timestep=timestep, batch=batch, seed=seed, pairs=len(pairs), pair_seed=pairs.index['seed'], made=pairs.content_hash()),0
+    run, at = (
+        dict(
+            timestep=timestep,
+            batch=batch,
+            seed=seed,
+            pairs=len(pairs),
+            pair_seed=pairs.index['seed'],
+            made=pairs.content_hash(),
+        ),
+        0,
+    )
     check_steps(steps, folder)
     if folder: at = load_last(folder, lambda p: _resume(G, opt, p, run))[0] or 0
     for step,idx in zip(range(at, steps), shuffled(len(pairs), batch, seed, at)):
         x,c,_ = pairs.items(idx)
-        z,c = torch.cat([pair_noise(x.shape[1:], i, run['pair_seed']) for i in idx]).to(device),cond_to(c, device, torch.float32)
+        z, c = (
+            torch.cat([pair_noise(x.shape[1:], i, run['pair_seed']) for i in idx]).to(device),
+            cond_to(c, device, torch.float32),
+        )
         with torch.no_grad(): target = decode(x.float().to(device))
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype==torch.bfloat16):
-            loss = regression_loss(G, z, target, sigma, c, distance=lambda a,b: distance(decode(a), b).mean())
-        opt.zero_grad(set_to_none=True); loss.backward()
+            loss = regression_loss(
+                G, z, target, sigma, c, distance=lambda a, b: distance(decode(a), b).mean()
+            )
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
         if clip: torch.nn.utils.clip_grad_norm_(trainable(G), clip)
         opt.step()
         yield loss.detach()
         if folder and ((step+1)%save_every==0 or step+1==steps):
-            check_finite(dict(loss=loss) | G.state_dict(), f'{folder}, update {step+1}', 'the generator is not saved; lower the learning rate')
+            check_finite(
+                dict(loss=loss) | G.state_dict(),
+                f'{folder}, update {step + 1}',
+                'the generator is not saved; lower the learning rate',
+            )
             tensors,groups = optim_tensors(opt)
-            parts,state = dict(generator=G.state_dict(), optimiser=tensors),dict(step=step+1, groups=groups, run=run)
+            parts, state = (
+                dict(generator=G.state_dict(), optimiser=tensors),
+                dict(step=step + 1, groups=groups, run=run),
+            )
             save_last(folder, step+1, lambda p: save_folder(p, parts, state))
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #e560b0fa
@@ -145,7 +200,11 @@ def check_steps(
     found = newest(folder) if folder else None
     if found:
         try: done = read_state(found)[0]['step']
-        except (OSError, ValueError, KeyError): return  # not whole: reading it will say so, or take the one before
-    if steps<done: raise ValueError(f'{found or "the run"} has done {done} iterations, {steps} are asked for in all: ask for more, or begin in another folder')
+        except (OSError, ValueError, KeyError):
+            return  # not whole: reading it will say so, or take the one before
+    if steps<done:
+        raise ValueError(
+            f'{found or "the run"} has done {done} iterations, {steps} are asked for in all: ask for more, or begin in another folder'
+        )
 
 def _mse(a, b): return (a-b).pow(2).mean()

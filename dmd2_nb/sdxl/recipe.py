@@ -22,16 +22,43 @@ from ..train import load_state, save_state, train
 from .adapter import few_step_timesteps, sdxl_sigmas
 from .conditioning import zero_uncond
 from .data import LatentShards, vae_decode
-from .pretrain import check_steps, regression_pretrain  # the second is handed on: here it is looked for
+# the second is handed on: here it is looked for
+from .pretrain import check_steps, regression_pretrain
 from .roles import AnySideHead, Roles, head_side, spend_gradients
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #2b63b3a7
-sdxl_config = DMD2Config(levels=sdxl_sigmas(few_step_timesteps(4)).tolist(), batch=128, ttur=5, lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7, lr_warmup=8,
-                         gan_g=5e-3, gan_d=1e-2, guidance=8., ema_halflife=0.)                 # 19,000 iterations on 64 A100, 57 hours
-sdxl_lora_config = replace(sdxl_config, lr_g=5e-5, lr_fake=5e-5, lr_head=5e-5)                 # 16,000 iterations, 63 hours
-sdxl_1step_config = replace(sdxl_config, levels=sdxl_sigmas((399,)).tolist())                  # 24,000 iterations from a regression pre-training
-sd15_config = replace(sdxl_config, levels=sdxl_sigmas((999,)).tolist(), batch=2048, ttur=10, guidance=1.75, lr_g=1e-5, lr_fake=1e-5, lr_head=1e-5, gan_g=0., gan_d=0.)
-sd15_gan_config = replace(sd15_config, lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7, gan_g=1e-3, gan_d=1e-2)  # the second stage, from the first's weights
+sdxl_config = DMD2Config(
+    levels=sdxl_sigmas(few_step_timesteps(4)).tolist(),
+    batch=128,
+    ttur=5,
+    lr_g=5e-7,
+    lr_fake=5e-7,
+    lr_head=5e-7,
+    lr_warmup=8,
+    gan_g=5e-3,
+    gan_d=1e-2,
+    guidance=8.0,
+    ema_halflife=0.0,
+)  # 19,000 iterations on 64 A100, 57 hours
+# 16,000 iterations, 63 hours
+sdxl_lora_config = replace(sdxl_config, lr_g=5e-5, lr_fake=5e-5, lr_head=5e-5)
+# 24,000 iterations from a regression pre-training
+sdxl_1step_config = replace(sdxl_config, levels=sdxl_sigmas((399,)).tolist())
+sd15_config = replace(
+    sdxl_config,
+    levels=sdxl_sigmas((999,)).tolist(),
+    batch=2048,
+    ttur=10,
+    guidance=1.75,
+    lr_g=1e-5,
+    lr_fake=1e-5,
+    lr_head=1e-5,
+    gan_g=0.0,
+    gan_d=0.0,
+)
+sd15_gan_config = replace(
+    sd15_config, lr_g=5e-7, lr_fake=5e-7, lr_head=5e-7, gan_g=1e-3, gan_d=1e-2
+)  # the second stage, from the first's weights
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #27fcc7b2
 def sdxl_dmd2(
@@ -46,23 +73,43 @@ def sdxl_dmd2(
     **kwargs,              # Its own arguments, such as `world` and `mode`
 )->DMD2:
     "A run of DMD2 on a diffusers U-Net"
-    roles.generator.timestep(torch.tensor(cfg.levels, dtype=torch.float64))  # levels of no timestep are refused here
-    ema = roles.average(cfg.ema_halflife, ema_device) if cfg.ema_halflife else Itself(roles.generator)
+    # levels of no timestep are refused here
+    roles.generator.timestep(torch.tensor(cfg.levels, dtype=torch.float64))
+    ema = (
+        roles.average(cfg.ema_halflife, ema_device) if cfg.ema_halflife else Itself(roles.generator)
+    )
     unet = roles.fake.net.unet
     side = roles.fake.shape[-1]//2**(len(unet.config.block_out_channels)-1)
     if cfg.gan and head is None and side!=head_side(side):
-        with torch.random.fork_rng(devices=[]): torch.manual_seed(cfg.seed); head = AnySideHead((unet.config.block_out_channels[-1], side, side))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            head = AnySideHead((unet.config.block_out_channels[-1], side, side))
     p = next(roles.generator.parameters())
     if head is not None: head = head.to('cpu' if p.is_meta else p.device, p.dtype)
-    dmd = make(roles.teacher, roles.generator, roles.fake, cfg, head=head, uncond=uncond, probe=cond_map(lambda t: t[:1].to(p.device), probe), ema=ema, **kwargs)
+    dmd = make(
+        roles.teacher,
+        roles.generator,
+        roles.fake,
+        cfg,
+        head=head,
+        uncond=uncond,
+        probe=cond_map(lambda t: t[:1].to(p.device), probe),
+        ema=ema,
+        **kwargs,
+    )
     if optim=='adamw8bit': eight_bit(dmd)
     elif optim!='adamw': raise ValueError(f"optim must be adamw or adamw8bit, got '{optim}'")
     spend_gradients(dmd)
     return dmd
 
+# %% ../../nbs/34_sdxl.recipe.ipynb #aa8a3c73
 class Itself(nn.Module):
     "No average: the generator as it is"
-    def __init__(self, net): super().__init__(); self.__dict__['net'] = net # Generator, whose weights are not this module's
+    def __init__(self,
+        net, # Generator, whose weights are not this module's
+    ):
+        super().__init__()
+        self.__dict__['net'] = net
     def update(self, net): pass
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
 
@@ -76,7 +123,9 @@ def eight_bit(
         if dmd.device.type!='cuda': raise RuntimeError('it needs a GPU')
         opts = {n: bnb.optim.AdamW8bit(getattr(dmd, n).param_groups) for n in ('opt_g','opt_fake')}
     except Exception as e:
-        warnings.warn(f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): averages stay in float32')
+        warnings.warn(
+            f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): averages stay in float32'
+        )
         return False
     for n,o in opts.items(): setattr(dmd, n, o)
     return True
@@ -93,17 +142,27 @@ def distill_sdxl(
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
     "DMD2 on SDXL: resumable; on several cards each takes its rows of every batch"
-    steps,save_every = check_number('steps', steps, 0, whole=True),check_number('save_every', save_every, 1, whole=True)
-    if dmd.cfg.gan and images is None: raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
+    steps, save_every = (
+        check_number('steps', steps, 0, whole=True),
+        check_number('save_every', save_every, 1, whole=True),
+    )
+    if dmd.cfg.gan and images is None:
+        raise ValueError('the GAN is on: give images, or set gan_g and gan_d to 0')
     check_steps(steps, folder, dmd.step)
     if folder: load_last(folder, lambda p: load(dmd, p), agree=lambda found: each_rank(found)[0])
     n,seed,at,world = dmd.cfg.batch,dmd.cfg.seed,dmd.step,getattr(dmd, 'world', None)
     conds = prompts.batches(n, stream_seed(seed, 'conds'), at, dmd.device)
     if prompts.index['kind']!='conditions': conds = (c for _,c in conds)
-    reals = images.batches(n, stream_seed(seed, 'reals'), at, dmd.device) if images is not None else None
+    reals = (
+        images.batches(n, stream_seed(seed, 'reals'), at, dmd.device)
+        if images is not None
+        else None
+    )
     if world:
         rows = world.rows(n//world.size)
-        conds,reals = ((cond_index(o, rows) for o in s) if s is not None else None for s in (conds, reals))
+        conds, reals = (
+            (cond_index(o, rows) for o in s) if s is not None else None for s in (conds, reals)
+        )
     for log in train(dmd, conds, steps-at, reals):
         yield log
         if folder and (dmd.step%save_every==0 or dmd.step==steps):
@@ -122,7 +181,16 @@ def generate(
 )->Tensor: # Images in [-1, 1], or latents, on the CPU
     "Few-step samples"
     sigmas = sdxl_sigmas(few_step_timesteps(4) if timesteps is None else timesteps)
-    parts = few_step_batches(G, sigmas, G.shape, cond_len(cond), cond, seed=seed, batch=batch, device=device or _device(cond))
+    parts = few_step_batches(
+        G,
+        sigmas,
+        G.shape,
+        cond_len(cond),
+        cond,
+        seed=seed,
+        batch=batch,
+        device=device or _device(cond),
+    )
     return torch.cat([(vae_decode(vae, x) if vae is not None else x).cpu() for x in parts])
 
 def _device(c):

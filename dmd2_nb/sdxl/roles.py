@@ -39,7 +39,8 @@ def spend_gradients(
     dmd, # `DMD2` run
 ):
     "Free gradients as soon as an optimiser has used them: the two roles never hold theirs at once"
-    for o in (dmd.opt_g, dmd.opt_fake): o.register_step_post_hook(lambda opt, *args: opt.zero_grad(set_to_none=True))
+    for o in (dmd.opt_g, dmd.opt_fake):
+        o.register_step_post_hook(lambda opt, *args: opt.zero_grad(set_to_none=True))
 
 class SharedBase(Roles):
     "Three roles on one frozen base: the teacher is the base, generator and fake score are adapters on it"
@@ -59,7 +60,10 @@ class SharedBase(Roles):
 
     def record(self, share_grads=True):
         "Replay passes as CUDA graphs from their second call on; a no-op without a GPU"
-        if self.base.unet.conv_in.weight.is_cuda: return Graphs(self.teacher.net, self.generator.net, self.fake.net, share_grads=share_grads)
+        if self.base.unet.conv_in.weight.is_cuda:
+            return Graphs(
+                self.teacher.net, self.generator.net, self.fake.net, share_grads=share_grads
+            )
 
 # %% ../../nbs/32_sdxl.roles.ipynb #2bbff0db
 class FullCopies(Roles):
@@ -93,11 +97,21 @@ class Setup:
     tokens:int=77             # Of the text
 
     def __post_init__(self):
-        for n,ok in dict(kind=('shared','full'), optim=('adamw','adamw8bit'), ema=('cpu','gpu','none'), dtype=('bfloat16','float16','float32')).items():
-            if getattr(self, n) not in ok: raise ValueError(f"{n} must be one of {', '.join(ok)}, got '{getattr(self, n)}'")
+        for n, ok in dict(
+            kind=('shared', 'full'),
+            optim=('adamw', 'adamw8bit'),
+            ema=('cpu', 'gpu', 'none'),
+            dtype=('bfloat16', 'float16', 'float32'),
+        ).items():
+            if getattr(self, n) not in ok:
+                raise ValueError(f"{n} must be one of {', '.join(ok)}, got '{getattr(self, n)}'")
         for n in ('rank','batch','px','tokens'):
-            if getattr(self, n)<1: raise ValueError(f'{n} must be at least 1, got {getattr(self, n)}')
-        if self.px%(8*2**(len(self.unet['block_out_channels'])-1)): raise ValueError(f'px must be a multiple of {8*2**(len(self.unet["block_out_channels"])-1)}, got {self.px}')
+            if getattr(self, n)<1:
+                raise ValueError(f'{n} must be at least 1, got {getattr(self, n)}')
+        if self.px%(8*2**(len(self.unet['block_out_channels'])-1)):
+            raise ValueError(
+                f'px must be a multiple of {8 * 2 ** (len(self.unet["block_out_channels"]) - 1)}, got {self.px}'
+            )
 
     @property
     def size(self): return torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
@@ -124,7 +138,8 @@ def head_side(
     return max(4, 2**math.ceil(math.log2(side)))
 
 def _head_size(c, side):
-    with torch.device('meta'): return sum(p.numel() for p in GanHead((c, head_side(side), head_side(side))).parameters())
+    with torch.device('meta'):
+        return sum(p.numel() for p in GanHead((c, head_side(side), head_side(side))).parameters())
 
 class AnySideHead(nn.Module):
     "The GAN head for features of any side: enlarged to the next side it knows"
@@ -132,7 +147,12 @@ class AnySideHead(nn.Module):
         super().__init__()
         self.side = head_side(shape[-1])
         self.head = GanHead((shape[0], self.side, self.side))
-    def fit(self, h): return F.interpolate(h, size=(self.side,)*2, mode='bilinear', align_corners=False) if h.shape[-1]!=self.side else h
+    def fit(self, h):
+        return (
+            F.interpolate(h, size=(self.side,) * 2, mode='bilinear', align_corners=False)
+            if h.shape[-1] != self.side
+            else h
+        )
     def forward(self, h): return self.head(self.fit(h))
 
 # %% ../../nbs/32_sdxl.roles.ipynb #b5be42aa
@@ -150,29 +170,46 @@ class Plan:
     def peak(self): return max(self.phases.values())
     def __repr__(self):
         row = lambda k,v: f'{k:<20}{v/GiB:8.2f} GiB'
-        return '\n'.join([row(k, v) for k,v in self.rest.items() if v]+[row('at rest', sum(self.rest.values())), '-'*32]+[row(k, v) for k,v in self.phases.items()])
+        return '\n'.join(
+            [row(k, v) for k, v in self.rest.items() if v]
+            + [row('at rest', sum(self.rest.values())), '-' * 32]
+            + [row(k, v) for k, v in self.phases.items()]
+        )
 
     def check(self,
         budget:float, # Bytes the card has for us
     ):
         "One clear error when the card is too small, with what to change"
         if self.peak<=budget: return self
-        raise ValueError(f'this run needs about {self.peak/GiB:.1f} GiB and the card has {budget/GiB:.1f} GiB. ' + advice(self, budget))
+        raise ValueError(
+            f'this run needs about {self.peak / GiB:.1f} GiB and the card has {budget / GiB:.1f} GiB. '
+            + advice(self, budget)
+        )
 
+# %% ../../nbs/32_sdxl.roles.ipynb #86f4e8f1
 def memory_plan(
     s:Setup,                   # The choices that memory depends on
     workspace:float=WORKSPACE, # Bytes for work areas of libraries
 )->Plan:
     "Peak memory of each phase of a run, from one cycle of `DMD2` on tensors without data; takes about a quarter of a minute for SDXL"
     half,full = getattr(torch, s.dtype),torch.float32
-    unets = [make_unet(s.unet, device='meta', dtype=t) for t in ((half,) if s.kind=='shared' else (half, full, full))]
+    unets = [
+        make_unet(s.unet, device='meta', dtype=t)
+        for t in ((half,) if s.kind == 'shared' else (half, full, full))
+    ]
     cast = AutocastFootprint(half)
     with MemoryMeter() as m, fused_attention(), (cast if s.kind=='full' else nullcontext()):
         m.add(*(p for u in unets for p in u.parameters()))
         run = _Rehearsal(s, unets, m, cast)
-        if s.recorded: run.perform('generator', 'critic')  # passes run plainly at first, while no recording has memory: less than what comes
+        # passes run plainly at first, while no recording has memory: less than what comes
+        if s.recorded: run.perform('generator', 'critic')
         phases = run.perform('rollout', 'critic', 'generator', 'rollout', 'critic')
-    return Plan(s, at_rest(s, getattr(run, 'base', None)), {k: v+workspace for k,v in phases.items()}, workspace)
+    return Plan(
+        s,
+        at_rest(s, getattr(run, 'base', None)),
+        {k: v + workspace for k, v in phases.items()},
+        workspace,
+    )
 
 # %% ../../nbs/32_sdxl.roles.ipynb #af94a235
 class _Rehearsal:
@@ -182,8 +219,18 @@ class _Rehearsal:
         self.s,self.m,self.pool,b,n = s,m,AllocatorModel(),s.batch,s.px//8
         self.cast = cast.region if s.kind=='full' else nullcontext
         if s.kind=='shared':
-            r = SharedBase(EpsDenoiser(unets[0], shape=(4, n, n)), s.rank, checkpointing=s.checkpointing, device='meta')
-            self.base,self.teacher,self.G,self.fake = r.base,r.teacher.net,r.generator.net,r.fake.net
+            r = SharedBase(
+                EpsDenoiser(unets[0], shape=(4, n, n)),
+                s.rank,
+                checkpointing=s.checkpointing,
+                device='meta',
+            )
+            self.base, self.teacher, self.G, self.fake = (
+                r.base,
+                r.teacher.net,
+                r.generator.net,
+                r.fake.net,
+            )
             if s.recorded: Graphs(self.teacher, self.G, self.fake, recorder=self, share_grads=True)
         else:
             self.teacher,self.G,self.fake = (EpsDenoiser(u).net for u in unets)
@@ -194,18 +241,32 @@ class _Rehearsal:
         d = s.unet['cross_attention_dim']
         self.cond = dict(encoder_hidden_states=meta(b, s.tokens, d))
         if s.unet.get('addition_embed_type')=='text_time':
-            pooled = s.unet['projection_class_embeddings_input_dim']-6*s.unet['addition_time_embed_dim']
+            pooled = (
+                s.unet['projection_class_embeddings_input_dim']
+                - 6 * s.unet['addition_time_embed_dim']
+            )
             self.cond['added_cond_kwargs'] = dict(text_embeds=meta(b, pooled), time_ids=meta(b, 6))
         side = n//2**(len(s.unet['block_out_channels'])-1)
-        with torch.device('meta'): self.head = AnySideHead((s.unet['block_out_channels'][-1], side, side)) if s.gan else nn.Identity()
-        keep = lambda per,*nets: meta(per*sum(p.numel() for n in nets for p in n.parameters()), dtype=torch.uint8)
-        self.kept = keep(8 if s.optim=='adamw' else 2, self.G, self.fake, self.head),keep(4 if s.ema=='gpu' else 0, self.G)
+        with torch.device('meta'):
+            self.head = (
+                AnySideHead((s.unet['block_out_channels'][-1], side, side))
+                if s.gan
+                else nn.Identity()
+            )
+        keep = lambda per, *nets: meta(
+            per * sum(p.numel() for n in nets for p in n.parameters()), dtype=torch.uint8
+        )
+        self.kept = (
+            keep(8 if s.optim == 'adamw' else 2, self.G, self.fake, self.head),
+            keep(4 if s.ema == 'gpu' else 0, self.G),
+        )
 
     def perform(self, *names)->dict: # Highest bytes of each
         "Phase by phase"
         top = {}
         for n in names:
-            self.m.restart(); getattr(self, n)()
+            self.m.restart()
+            getattr(self, n)()
             key = n if n=='rollout' else f'{n} update'
             top[key] = max(top.get(key, 0), self.m.peak+self.pool.reserved)
         return top
@@ -241,7 +302,8 @@ class _Rehearsal:
         x = y.detach().requires_grad_()
         with torch.no_grad(), self.cast():
             c,xx,t = self.two(self.cond, x, self.t) if self.s.guidance else (self.cond, x, self.t)
-            self.teacher(xx, t, c); self.fake(x, self.t, self.cond)
+            self.teacher(xx, t, c)
+            self.fake(x, self.t, self.cond)
         if self.s.gan:
             with frozen(self.fake, self.head):
                 with self.cast(): loss = self.logits(self.fake.encode(x, self.t, self.cond)).mean()
@@ -267,14 +329,23 @@ def advice(
     s = plan.setup
     unit = 8*2**(len(s.unet['block_out_channels'])-1)
     lower = [p for p in (896, 768, 640, 512, 384, 256, 128) if p<s.px and p%unit==0]
-    ladder = [dict(checkpointing=True)]*(not s.checkpointing)+[dict(ema='cpu')]*(s.ema=='gpu')+[dict(batch=1)]*(s.batch>1)+[dict(kind='shared')]*(s.kind=='full')+\
-             [dict(optim='adamw8bit')]*(s.optim=='adamw')+[dict(rank=r) for r in (32, 16) if r<s.rank]+[dict(px=p) for p in lower]+[dict(gan=False)]*s.gan
+    ladder = (
+        [dict(checkpointing=True)] * (not s.checkpointing)
+        + [dict(ema='cpu')] * (s.ema == 'gpu')
+        + [dict(batch=1)] * (s.batch > 1)
+        + [dict(kind='shared')] * (s.kind == 'full')
+        + [dict(optim='adamw8bit')] * (s.optim == 'adamw')
+        + [dict(rank=r) for r in (32, 16) if r < s.rank]
+        + [dict(px=p) for p in lower]
+        + [dict(gan=False)] * s.gan
+    )
     told,now,need = {},s,plan.peak
     for i,change in enumerate(ladder, 1):
         told,now = told|change,replace(now, **change)
         if sum(at_rest(now).values())>budget and i<len(ladder): continue
         need = memory_plan(now, plan.workspace).peak
-        if need<=budget: return f"It would fit with {', '.join(f'{k}={v!r}' for k,v in told.items())} (about {need/GiB:.1f} GiB)."
+        if need<=budget:
+            return f"It would fit with {', '.join(f'{k}={v!r}' for k, v in told.items())} (about {need / GiB:.1f} GiB)."
     return f'Even the smallest of these choices needs about {need/GiB:.1f} GiB.'
 
 def card_budget(device=None)->float: # Bytes

@@ -28,7 +28,8 @@ from .zips import checked_zip
 MAX_PIXELS = 2**26
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF') # Others are not even tried
 TURNS = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE',
-         6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'} # EXIF's orientation, as a viewer turns the pixels
+         # EXIF's orientation, as a viewer turns the pixels
+         6: 'ROTATE_270', 7: 'TRANSVERSE', 8: 'ROTATE_90'}
 
 def open_image(
     data:bytes,   # A file's content

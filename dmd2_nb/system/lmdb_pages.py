@@ -18,6 +18,7 @@ HEAD = 16                    # Bytes of a page before its content
 DEPTH = 32                   # Levels of a tree, more than any has
 EMPTY = 2**64-1              # Number of the root where there is none
 
+# %% ../../nbs/53c_system.lmdb_pages.ipynb #3594bb3e
 class LMDB:
     "The main table of an LMDB file, read-only; open it as often as you like"
     def __init__(self,
@@ -31,7 +32,8 @@ class LMDB:
             if not f.read(1): self.refuse('it is empty')
             self.data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.page_size = self.number('I', 40)
-        if self.page_size not in (2**k for k in range(9, 17)): self.refuse('it does not begin as one')
+        if self.page_size not in (2**k for k in range(9, 17)):
+            self.refuse('it does not begin as one')
         self.root = max(self.meta(0), self.meta(self.page_size))[1]
         self.branches = {}  # number of a branch page -> its keys and children
 
@@ -46,20 +48,24 @@ class LMDB:
 
     def meta(self, at): # (number of the last change, page of the root)
         "What one of the first two pages says"
-        if (self.number('I', at+HEAD), self.number('I', at+HEAD+4))!=(MAGIC, 1): self.refuse('it does not begin as one')
+        if (self.number('I', at+HEAD), self.number('I', at+HEAD+4))!=(MAGIC, 1):
+            self.refuse('it does not begin as one')
         return self.number('Q', at+144),self.number('Q', at+128)
 
     def page(self, n): # (its first byte, its kind)
         "A page that lies within the file"
         at = n*self.page_size
         if at+self.page_size>len(self.data):
-            self.refuse(f'page {n:,} lies behind its {len(self.data):,} bytes: cut short, or damaged')
+            self.refuse(
+                f'page {n:,} lies behind its {len(self.data):,} bytes: cut short, or damaged'
+            )
         return at,self.number('H', at+10) & 7
 
     def nodes(self, at): # Byte of each
         "The entries of a branch or leaf page"
         count = (self.number('H', at+12)-HEAD)//2
-        if not 0<=count<=(self.page_size-HEAD)//2: self.refuse(f'the page at byte {at:,} is damaged')
+        if not 0<=count<=(self.page_size-HEAD)//2:
+            self.refuse(f'the page at byte {at:,} is damaged')
         return [at+o for o in struct.unpack_from(f'<{count}H', self.data, at+HEAD)]
 
     def key(self, node, at):

@@ -31,7 +31,9 @@ def content_hash(
     "Hash of what a file or folder holds: all bytes up to 256 MB, of more the size, the time and 64 MB"
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path} is missing')
-    files = [path] if path.is_file() else [path/n for n in (_names(path) if names is None else names)]
+    files = (
+        [path] if path.is_file() else [path / n for n in (_names(path) if names is None else names)]
+    )
     stats = [f.stat() for f in files]
     sizes = [s.st_size for s in stats]
     h = hashlib.sha256()
@@ -134,18 +136,28 @@ def _account(v, seen):
     kind = type(v).__name__
     if hasattr(v, 'get_vocab'): return [kind, _vocabulary(v)]
     config = getattr(v, 'config', None)
-    if isinstance(v, nn.Module) and hasattr(config, 'items' if isinstance(config, dict) else 'to_dict'):
+    if isinstance(v, nn.Module) and hasattr(
+        config, 'items' if isinstance(config, dict) else 'to_dict'
+    ):
         return [kind, _settings(config), _weights(v, recurse=True)]
     inside = dict(v.named_children()) if isinstance(v, nn.Module) else {}
     own = _weights(v, recurse=False) if inside or isinstance(v, nn.Module) else {}
-    more = {n: o for n,o in getattr(v, '__dict__', {}).items() if n!='training' and not n.startswith('_')}
+    more = {
+        n: o
+        for n, o in getattr(v, '__dict__', {}).items()
+        if n != 'training' and not n.startswith('_')
+    }
     if isinstance(v, nn.Module): more = {n: o for n,o in more.items() if _plain(o)}
     return [kind, own, _account(more | inside, seen)]
 
 # %% ../../nbs/52_system.plan.ipynb #fff5e949
 def _plain(v):
     if isinstance(v, (list, tuple)): return all(_plain(o) for o in v)
-    return v is None or isinstance(v, (bool, int, float, str, bytes, Tensor, torch.dtype)) or _is_function(v)
+    return (
+        v is None
+        or isinstance(v, (bool, int, float, str, bytes, Tensor, torch.dtype))
+        or _is_function(v)
+    )
 
 # %% ../../nbs/52_system.plan.ipynb #81e83ec7
 def _is_function(v): return hasattr(v, '__qualname__')
@@ -155,19 +167,30 @@ def _word(v): return f'{v.__module__}.{v.__qualname__}' if _is_function(v) else 
 # %% ../../nbs/52_system.plan.ipynb #d7e4c2cf
 def _weights(net, recurse):
     "Parameters and buffers by name, also those that no state dict holds"
-    return {n: t for o in (net.named_parameters(recurse=recurse), net.named_buffers(recurse=recurse)) for n,t in o}
+    return {
+        n: t
+        for o in (net.named_parameters(recurse=recurse), net.named_buffers(recurse=recurse))
+        for n, t in o
+    }
 
 # %% ../../nbs/52_system.plan.ipynb #c75d2cf9
 def _settings(config):
     "Numbers of a library's config, without its versions and paths"
     d = config if isinstance(config, dict) else config.to_dict()
     left = ('transformers_version', 'torch_dtype', 'dtype')
-    return json.dumps({k: v for k,v in d.items() if not k.startswith('_') and k not in left}, sort_keys=True, default=str)
+    return json.dumps(
+        {k: v for k, v in d.items() if not k.startswith('_') and k not in left},
+        sort_keys=True,
+        default=str,
+    )
 
 # %% ../../nbs/52_system.plan.ipynb #f3d45b56
 def _vocabulary(tokenizer):
     "What a tokenizer makes of texts: its words, its special words, its length"
-    rest = [str(getattr(tokenizer, n, None)) for n in ('pad_token', 'bos_token', 'eos_token', 'unk_token', 'model_max_length')]
+    rest = [
+        str(getattr(tokenizer, n, None))
+        for n in ('pad_token', 'bos_token', 'eos_token', 'unk_token', 'model_max_length')
+    ]
     return sorted(tokenizer.get_vocab().items()) + rest
 
 # %% ../../nbs/52_system.plan.ipynb #78a71959
@@ -180,7 +203,12 @@ def differences(
     a,b = _flat(json.loads(json.dumps(was))),_flat(json.loads(json.dumps(now)))
     found = []
     for k in dict.fromkeys((*b, *a)):
-        if only is not None and k.partition('.')[0] not in only or (k in a and k in b and a[k]==b[k]): continue
+        if (
+            only is not None
+            and k.partition('.')[0] not in only
+            or (k in a and k in b and a[k] == b[k])
+        ):
+            continue
         if k not in a: found.append(f'{k} was not recorded and is {_short(b[k])}')
         elif k not in b: found.append(f'{k} was {_short(a[k])} and is not given')
         else: found.append(f'{k} was {_short(a[k])} and is {_short(b[k])}')
@@ -209,8 +237,12 @@ def read_plan(
     path = Path(path)
     if not path.is_file(): return None
     try: was = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): what the files beside it were made from is not known; take another folder') from None
-    if not isinstance(was, dict): raise ValueError(f'{path} is damaged: it holds no settings; take another folder')
+    except ValueError as e:
+        raise ValueError(
+            f'{path} is damaged ({e}): what the files beside it were made from is not known; take another folder'
+        ) from None
+    if not isinstance(was, dict):
+        raise ValueError(f'{path} is damaged: it holds no settings; take another folder')
     return was
 
 # %% ../../nbs/52_system.plan.ipynb #52280142
@@ -225,9 +257,14 @@ def keep_plan(
     was = read_plan(path)
     if was is None:
         stray = next(path.parent.glob(made), None) if made else None
-        if stray: raise ValueError(f'{folder} holds {stray.name} and no {name}: what it was made from is not known; take another folder')
+        if stray:
+            raise ValueError(
+                f'{folder} holds {stray.name} and no {name}: what it was made from is not known; take another folder'
+            )
         write_text(path, json.dumps(facts, indent=1))
     elif differ := differences(was, facts):
         what = few(differ, 4, '; ')
-        raise ValueError(f'{folder} was begun with other settings ({what}): take another folder, or delete this one to make its files again')
+        raise ValueError(
+            f'{folder} was begun with other settings ({what}): take another folder, or delete this one to make its files again'
+        )
     return path

@@ -50,7 +50,8 @@ def _tensor(storage, offset, size, stride, *_, dtype=None):
     if dtype: storage = Numbers(storage.raw, dtype)
     end = offset
     if prod(size): end += sum((n-1)*s for n,s in zip(size, stride)) + 1
-    if max(end, prod(size))>len(storage): raise TypeError(f'a tensor of shape {size} is larger than its storage')
+    if max(end, prod(size))>len(storage):
+        raise TypeError(f'a tensor of shape {size} is larger than its storage')
     empty = torch.empty(0, dtype=storage.dtype)
     return empty.set_(storage.raw, offset, size, stride).contiguous()
 
@@ -68,9 +69,11 @@ def _keys(keys, held):
     "Keys that can be looked up in short time, for a dict or set that has `held` keys already"
     for k in keys:  # hashing nested containers would overflow the C stack
         if isinstance(k, (tuple, frozenset)): raise TypeError('a container as a key')
-        if isinstance(k, (str, bytes)) or k is None or (isinstance(k, int) and abs(k)<2**32): continue
+        if isinstance(k, (str, bytes)) or k is None or (isinstance(k, int) and abs(k)<2**32):
+            continue
         held += 1
-        if held>MAX_KEYS: raise RefusedPickle(f'it has more than {MAX_KEYS} keys that could all collide')
+        if held>MAX_KEYS:
+            raise RefusedPickle(f'it has more than {MAX_KEYS} keys that could all collide')
     return keys
 
 def _put(d, items):
@@ -90,9 +93,23 @@ def _as_dict(items=()):
 
 def _as_set(items=()): return set(_keys(list(items), 0))
 
+# %% ../../nbs/22a_system.safe_pickle.ipynb #6f4debef
 def _scalar(dtype, b):
     "A NumPy number as a Python number"
-    codes = dict(f8='d', f4='f', f2='e', i8='q', i4='i', i2='h', i1='b', u1='B', u2='H', u4='I', u8='Q', b1='?')
+    codes = dict(
+        f8='d',
+        f4='f',
+        f2='e',
+        i8='q',
+        i4='i',
+        i2='h',
+        i1='b',
+        u1='B',
+        u2='H',
+        u4='I',
+        u8='Q',
+        b1='?',
+    )
     code = codes.get(dtype.args[0])
     if not code: raise RefusedPickle(f"NumPy's type '{dtype.args[0]}' is refused")
     return struct.unpack(('>' if (dtype.state or (0, '<'))[1]=='>' else '<')+code, b)[0]
@@ -126,17 +143,28 @@ CALLS = {  # what a name in the file stands for here
     'numpy.dtype': _as_thing('numpy.dtype'),
 }
 CALLS |= {f'{m}.{n}': _as_set for m in ('builtins', '__builtin__') for n in ('set', 'frozenset')}
-CALLS |= {f'torch.nn.modules.container.{o}': _as_thing(o) for o in ('ModuleDict', 'ModuleList', 'Sequential')}
+CALLS |= {
+    f'torch.nn.modules.container.{o}': _as_thing(o)
+    for o in ('ModuleDict', 'ModuleList', 'Sequential')
+}
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #eb65443b
 LITERALS = set('''INT LONG BININT BININT1 BININT2 LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
     BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 FLOAT BINFLOAT'''.split())
-EMPTY = dict(NONE=lambda: None, NEWTRUE=lambda: True, NEWFALSE=lambda: False, EMPTY_LIST=list, EMPTY_DICT=dict,
-             EMPTY_SET=set, EMPTY_TUPLE=tuple)
+EMPTY = dict(
+    NONE=lambda: None,
+    NEWTRUE=lambda: True,
+    NEWFALSE=lambda: False,
+    EMPTY_LIST=list,
+    EMPTY_DICT=dict,
+    EMPTY_SET=set,
+    EMPTY_TUPLE=tuple,
+)
 
 def _build(thing, state):
     if type(thing) is dict: return thing  # of a state dict: versions of its modules
-    if not isinstance(thing, Thing): raise RefusedPickle(f'it sets attributes of a {type(thing).__name__}')
+    if not isinstance(thing, Thing):
+        raise RefusedPickle(f'it sets attributes of a {type(thing).__name__}')
     thing.state = state
     return thing
 
@@ -186,7 +214,10 @@ class Machine:
             arg = reader(stream) if reader else None
             budget.ops -= 1
             if budget.ops<0: budget.step()
-            if act is None: raise RefusedPickle(f'it uses the instruction {name}' + (f" with '{arg}'" if arg else ''))
+            if act is None:
+                raise RefusedPickle(
+                    f'it uses the instruction {name}' + (f" with '{arg}'" if arg else '')
+                )
             act(self, arg)
 
     def since_mark(self):
@@ -197,7 +228,8 @@ class Machine:
 
     def name(self, module, name):
         "Look a name up; nothing is imported"
-        if type(module) is not str or type(name) is not str: raise TypeError('a name that is no text')
+        if type(module) is not str or type(name) is not str:
+            raise TypeError('a name that is no text')
         full = f'{module}.{name}'[:100]
         if full in self.calls or full.startswith(self.things): return Name(full)
         raise RefusedPickle(f"it asks for '{full}'")
@@ -213,7 +245,8 @@ class Machine:
         f = self.calls.get(name) or _as_thing(str(name))
         if not callable(f): raise RefusedPickle(f"it calls '{name}'")
         value = f(*args)
-        if isinstance(value, Tensor) and f is not _first: self.budget.copy(value.numel()*value.element_size())
+        if isinstance(value, Tensor) and f is not _first:
+            self.budget.copy(value.numel()*value.element_size())
         return value
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #cacf06b7
@@ -272,36 +305,88 @@ def _nothing(m, _): pass
 def _push(m, arg): m.stack.append(arg)
 def _push_new(make): return lambda m,_: m.stack.append(make())
 
-ACTIONS = dict(PROTO=_nothing, FRAME=_nothing, MARK=_mark, POP=_pop, POP_MARK=lambda m,_: m.since_mark(),
-               DUP=lambda m,_: m.stack.append(m.stack[-1]), TUPLE=_collect(tuple), TUPLE1=_tuple(1), TUPLE2=_tuple(2),
-               TUPLE3=_tuple(3), LIST=_collect(list), DICT=_collect(_pair_dict),
-               FROZENSET=_collect(lambda items: frozenset(_keys(items, 0))), APPEND=_append,
-               APPENDS=lambda m,_: _add(m, m.since_mark()), ADDITEMS=lambda m,_: _add(m, m.since_mark()),
-               SETITEM=_set_item, SETITEMS=_set_items, PUT=_put_memo, BINPUT=_put_memo, LONG_BINPUT=_put_memo,
-               MEMOIZE=_memoize, GET=_get_memo, BINGET=_get_memo, LONG_BINGET=_get_memo, GLOBAL=_global,
-               STACK_GLOBAL=_stack_global, REDUCE=_reduce, NEWOBJ=_reduce, BUILD=_build_top, BINPERSID=_outside)
+# %% ../../nbs/22a_system.safe_pickle.ipynb #98df4655
+ACTIONS = dict(
+    PROTO=_nothing,
+    FRAME=_nothing,
+    MARK=_mark,
+    POP=_pop,
+    POP_MARK=lambda m, _: m.since_mark(),
+    DUP=lambda m, _: m.stack.append(m.stack[-1]),
+    TUPLE=_collect(tuple),
+    TUPLE1=_tuple(1),
+    TUPLE2=_tuple(2),
+    TUPLE3=_tuple(3),
+    LIST=_collect(list),
+    DICT=_collect(_pair_dict),
+    FROZENSET=_collect(lambda items: frozenset(_keys(items, 0))),
+    APPEND=_append,
+    APPENDS=lambda m, _: _add(m, m.since_mark()),
+    ADDITEMS=lambda m, _: _add(m, m.since_mark()),
+    SETITEM=_set_item,
+    SETITEMS=_set_items,
+    PUT=_put_memo,
+    BINPUT=_put_memo,
+    LONG_BINPUT=_put_memo,
+    MEMOIZE=_memoize,
+    GET=_get_memo,
+    BINGET=_get_memo,
+    LONG_BINGET=_get_memo,
+    GLOBAL=_global,
+    STACK_GLOBAL=_stack_global,
+    REDUCE=_reduce,
+    NEWOBJ=_reduce,
+    BUILD=_build_top,
+    BINPERSID=_outside,
+)
 ACTIONS |= dict.fromkeys(LITERALS, _push) | {k: _push_new(make) for k,make in EMPTY.items()}
-OPCODES = {o.code.encode('latin1'): (o.name, o.arg and o.arg.reader, ACTIONS.get(o.name)) for o in pickletools.opcodes}
+OPCODES = {
+    o.code.encode('latin1'): (o.name, o.arg and o.arg.reader, ACTIONS.get(o.name))
+    for o in pickletools.opcodes
+}
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #68f1c007
 MAGIC = 0x1950a86a20f9469cfc6c # Begins each file of the old kind
-DTYPES = {f'torch.{n}': getattr(torch, n) for n in
-          '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128
-          float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu'''.split() if hasattr(torch, n)}
-STORAGES = dict(Double='float64', Float='float32', Half='float16', BFloat16='bfloat16', Long='int64', Int='int32',
-                Short='int16', Char='int8', Byte='uint8', Bool='bool', ComplexFloat='complex64', ComplexDouble='complex128')
-STORAGES = {f'{m}.{k}Storage': getattr(torch, v) for k,v in STORAGES.items() for m in ('torch', 'torch.cuda')}
+DTYPES = {
+    f'torch.{n}': getattr(torch, n)
+    for n in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128
+          float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu'''.split()
+    if hasattr(torch, n)
+}
+STORAGES = dict(
+    Double='float64',
+    Float='float32',
+    Half='float16',
+    BFloat16='bfloat16',
+    Long='int64',
+    Int='int32',
+    Short='int16',
+    Char='int8',
+    Byte='uint8',
+    Bool='bool',
+    ComplexFloat='complex64',
+    ComplexDouble='complex128',
+)
+STORAGES = {
+    f'{m}.{k}Storage': getattr(torch, v)
+    for k, v in STORAGES.items()
+    for m in ('torch', 'torch.cuda')
+}
 STORAGES |= {f'torch.storage.{k}Storage': torch.uint8 for k in ('Untyped', '_Untyped')}
 
+# %% ../../nbs/22a_system.safe_pickle.ipynb #cb95fa7c
 def storage_id(
     given, # What a pickle of torch.save gives for a storage
 ): # `(key, dtype, length)`
     "The name of a storage, checked"
     given = given if isinstance(given, tuple) else ()
-    if given[:1]==('module',): raise RefusedPickle('it holds a network with its source code: save its state_dict()')
+    if given[:1]==('module',):
+        raise RefusedPickle('it holds a network with its source code: save its state_dict()')
     kind,name,key,_,n = given[:5] if len(given) in (5, 6) else (None,)*5
     dtype = STORAGES.get(name)
-    known = kind=='storage' and dtype is not None and type(key) is str and given[5:] in ((), (None,))
+    known = (
+        kind == 'storage' and dtype is not None and type(key) is str and given[5:] in ((), (None,))
+    )
     if not known or type(n) is not int or n<0:
         raise TypeError('a storage is described wrongly')
     return key, dtype, n
@@ -313,23 +398,43 @@ def _typed(f, cls, args, state):
         local = dict(state[-1] if isinstance(state, tuple) else state).get('_local_tensor')
         if not isinstance(local, Tensor): raise RefusedPickle(f"it asks for '{cls}'")
         size = tuple(args[2]) if len(args)>2 else ()
-        return local if tuple(local.shape)==size else Thing('a piece of a tensor', (tuple(local.shape), size))
-    if f not in TORCH_CALLS or not callable(TORCH_CALLS[f]): raise RefusedPickle(f"it asks for '{f}'")
+        return (
+            local
+            if tuple(local.shape) == size
+            else Thing('a piece of a tensor', (tuple(local.shape), size))
+        )
+    if f not in TORCH_CALLS or not callable(TORCH_CALLS[f]):
+        raise RefusedPickle(f"it asks for '{f}'")
     return TORCH_CALLS[f](*args)
 
-TORCH_CALLS = CALLS | dict.fromkeys(STORAGES, 'a storage') | dict.fromkeys(DTYPES, 'a dtype') | {
-    'torch._utils._rebuild_tensor_v3': _tensor_of_dtype,
-    'torch._utils._rebuild_parameter_with_state': _first,
-    'torch._utils._rebuild_wrapper_subclass': 'a tensor that is spread over processes',
-    'torch._tensor._rebuild_from_type_v2': _typed,
-    'torch._tensor.Tensor': 'a class', 'torch.Tensor': 'a class', 'torch.nn.parameter.Parameter': 'a class',
-    'torch.serialization._get_layout': lambda name: str(name), 'torch.device': lambda *o: ':'.join(map(str, o)),
-    'collections.defaultdict': lambda *o: {}, 'collections.Counter': _as_dict,
-    'argparse.Namespace': _as_thing('argparse.Namespace'),
-    'builtins.list': 'a class', 'builtins.dict': 'a class', 'builtins.int': 'a class', 'builtins.float': 'a class',
-}
+TORCH_CALLS = (
+    CALLS
+    | dict.fromkeys(STORAGES, 'a storage')
+    | dict.fromkeys(DTYPES, 'a dtype')
+    | {
+        'torch._utils._rebuild_tensor_v3': _tensor_of_dtype,
+        'torch._utils._rebuild_parameter_with_state': _first,
+        'torch._utils._rebuild_wrapper_subclass': 'a tensor that is spread over processes',
+        'torch._tensor._rebuild_from_type_v2': _typed,
+        'torch._tensor.Tensor': 'a class',
+        'torch.Tensor': 'a class',
+        'torch.nn.parameter.Parameter': 'a class',
+        'torch.serialization._get_layout': lambda name: str(name),
+        'torch.device': lambda *o: ':'.join(map(str, o)),
+        'collections.defaultdict': lambda *o: {},
+        'collections.Counter': _as_dict,
+        'argparse.Namespace': _as_thing('argparse.Namespace'),
+        'builtins.list': 'a class',
+        'builtins.dict': 'a class',
+        'builtins.int': 'a class',
+        'builtins.float': 'a class',
+    }
+)
 TORCH_CALLS.pop('torch.storage._load_from_bytes')  # no files within files within files
-SKIM_CALLS = TORCH_CALLS | {k: (lambda *_: None) for k in TORCH_CALLS if '_rebuild_' in k}  # makes no tensors
+
+# %% ../../nbs/22a_system.safe_pickle.ipynb #84068e27
+# makes no tensors
+SKIM_CALLS = TORCH_CALLS | {k: (lambda *_: None) for k in TORCH_CALLS if '_rebuild_' in k}
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #62673a60
 def read_torch_stream(
@@ -346,18 +451,22 @@ def read_torch_stream(
     begin,found = stream.tell(),{}
     def note(given):
         key,dtype,n = storage_id(given)
-        if found.setdefault(key, (dtype, n))!=(dtype, n): raise TypeError('a storage is described in two ways')
+        if found.setdefault(key, (dtype, n))!=(dtype, n):
+            raise TypeError('a storage is described in two ways')
     Machine(budget, SKIM_CALLS, things, note).run(stream)
     keys = Machine(budget, {}).run(stream)
     if not isinstance(keys, list) or set(keys)!=set(found):
         raise TypeError('its storages are not those of its tensors')
     storages = {k: _numbers(stream, *found[k]) for k in keys}
     stream.seek(begin)
-    return Machine(budget, TORCH_CALLS, things, lambda given: storages[storage_id(given)[0]]).run(stream)
+    return Machine(budget, TORCH_CALLS, things, lambda given: storages[storage_id(given)[0]]).run(
+        stream
+    )
 
 def _numbers(stream, dtype, n):
     "The next storage of a file"
-    if int.from_bytes(stream.read(8), 'little')!=n: raise TypeError('a storage has another size than its tensors say')
+    if int.from_bytes(stream.read(8), 'little')!=n:
+        raise TypeError('a storage has another size than its tensors say')
     size,at = n*dtype.itemsize,stream.tell()
     if size>stream.seek(0, 2)-at: raise TypeError('the bytes of a tensor are cut short')
     stream.seek(at)
@@ -365,17 +474,29 @@ def _numbers(stream, dtype, n):
     if stream.readinto(raw.numpy())!=size: raise TypeError('the bytes of a tensor are cut short')
     return Numbers(raw.untyped_storage(), dtype)
 
+# %% ../../nbs/22a_system.safe_pickle.ipynb #77ad3b76
 def _storage(budget, b=None, *_):
     "The numbers behind a tensor of an EDM pickle"
-    if not isinstance(b, bytes): raise TypeError(f'a storage is made of bytes, not of {type(b).__name__}')
+    if not isinstance(b, bytes):
+        raise TypeError(f'a storage is made of bytes, not of {type(b).__name__}')
     try: made = read_torch_stream(io.BytesIO(b), budget)
-    except RefusedPickle as e: raise RefusedPickle(f'the bytes of a tensor are refused: {e}') from None
+    except RefusedPickle as e:
+        raise RefusedPickle(f'the bytes of a tensor are refused: {e}') from None
     except DAMAGE: raise TypeError('the bytes of a tensor cannot be read') from None
     if not isinstance(made, Numbers): raise TypeError('the bytes of a tensor hold something else')
     return made
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #2f896427
-DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, struct.error, RuntimeError, MemoryError)
+DAMAGE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    struct.error,
+    RuntimeError,
+    MemoryError,
+)
 
 def as_data(
     read,   # `read(stream, budget)` gives the value
@@ -383,15 +504,19 @@ def as_data(
 ): # What `read` gave
     "Open a file and turn whatever is wrong with it into one line"
     source = 'pickle' if isinstance(path, bytes) else str(path)
-    if not isinstance(path, bytes) and not Path(path).is_file(): raise FileNotFoundError(f'{path} is missing')
+    if not isinstance(path, bytes) and not Path(path).is_file():
+        raise FileNotFoundError(f'{path} is missing')
     with io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb') as f:
         budget = Budget(f.seek(0, 2))
         f.seek(0)
         try: return read(f, budget)
         except DAMAGE as e:
             why = ' '.join(str(e).split())[:200]
-            if isinstance(e, RefusedPickle): raise RefusedPickle(f'{source} is refused: {why}') from None
-            raise ValueError(f'{source} is truncated or damaged near byte {f.tell()}: {why or type(e).__name__}') from None
+            if isinstance(e, RefusedPickle):
+                raise RefusedPickle(f'{source} is refused: {why}') from None
+            raise ValueError(
+                f'{source} is truncated or damaged near byte {f.tell()}: {why or type(e).__name__}'
+            ) from None
 
 def read_pickle(
     path, # File, or the bytes themselves
@@ -412,7 +537,8 @@ def module_state(
     for part in ('_parameters', '_buffers'):
         for k,v in (state.get(part) or {}).items():
             if v is None or k in unsaved: continue
-            if not isinstance(v, Tensor): raise ValueError(f"'{prefix}{k}' is a {type(v).__name__}, not a tensor")
+            if not isinstance(v, Tensor):
+                raise ValueError(f"'{prefix}{k}' is a {type(v).__name__}, not a tensor")
             out[f'{prefix}{k}'] = v.detach()
     for k,m in (state.get('_modules') or {}).items():
         if m is not None: out |= module_state(m, f'{prefix}{k}.')
@@ -432,14 +558,29 @@ def write_edm_pickle(
     def _reconstruct_persistent_obj(meta): raise RuntimeError('was executed')
     mods = {m: types.ModuleType(m) for m in ('torch_utils', 'torch_utils.persistence')}
     mods['torch_utils.persistence']._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    _reconstruct_persistent_obj.__module__,_reconstruct_persistent_obj.__qualname__ = 'torch_utils.persistence','_reconstruct_persistent_obj'
+    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = (
+        'torch_utils.persistence',
+        '_reconstruct_persistent_obj',
+    )
     class Pickler(pickle.Pickler):
         first = dict(_init_args=args, _init_kwargs=kwargs)
         def reducer_override(self, o):
-            if not isinstance(o, torch.nn.Module) or type(o).__module__=='torch.nn.modules.container': return NotImplemented
+            if (
+                not isinstance(o, torch.nn.Module)
+                or type(o).__module__ == 'torch.nn.modules.container'
+            ):
+                return NotImplemented
             state,self.first = o.__dict__ | self.first,dict(_init_args=(), _init_kwargs={})
             name = names.get(type(o).__name__, type(o).__name__)
-            return _reconstruct_persistent_obj, (dict(type='class', version=6, module_src='raise SystemExit', class_name=name, state=state),)
+            return _reconstruct_persistent_obj, (
+                dict(
+                    type='class',
+                    version=6,
+                    module_src='raise SystemExit',
+                    class_name=name,
+                    state=state,
+                ),
+            )
     with open(path, 'wb') as f:
         pickler = Pickler(f, protocol)
         sys.modules.update(mods)

@@ -30,7 +30,8 @@ def read_tensors(
     device='cpu', # Where the tensors go
 ): # `(tensors, metadata)`
     "Tensors and metadata of one file; one clear error for a missing or damaged one"
-    with _opened(path, device) as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    with _opened(path, device) as f:
+        return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
 
 def read_metadata(
     path, # A .safetensors file
@@ -49,7 +50,8 @@ def _opened(path, device='cpu'):
                       f'(it claims a header of {n:,} bytes, over the limit of {MAX_HEADER:,})')
     try:
         with safe_open(str(path), 'pt', device=str(device)) as f: yield f
-    except SafetensorError as e: raise Damaged(f'{path} is damaged or not a safetensors file ({e})') from None
+    except SafetensorError as e:
+        raise Damaged(f'{path} is damaged or not a safetensors file ({e})') from None
 
 # %% ../../nbs/51_system.tensors.ipynb #cf5c7d0b
 def shard_index(
@@ -63,11 +65,14 @@ def shard_index(
             except ValueError as e: raise Damaged(f'{path} is damaged ({e})') from None
             for k in f.keys():
                 shape = f.get_slice(k).get_shape()
-                found.setdefault(k, []).append((path, info.get(k, {}).get('saved_offsets', [0]*len(shape)), shape))
+                found.setdefault(k, []).append(
+                    (path, info.get(k, {}).get('saved_offsets', [0] * len(shape)), shape)
+                )
     res = {}
     for k,ps in found.items():
         size = [max(o[i]+s[i] for _,o,s in ps) for i in range(len(ps[0][2]))]
-        if sum(math.prod(s) for _,_,s in ps)!=math.prod(size): raise ValueError(f'{files[0].parent} lacks pieces of {k}, or has them twice')
+        if sum(math.prod(s) for _,_,s in ps)!=math.prod(size):
+            raise ValueError(f'{files[0].parent} lacks pieces of {k}, or has them twice')
         res[k] = (tuple(size), ps)
     return res
 
@@ -92,7 +97,14 @@ def few(
 
 # %% ../../nbs/51_system.tensors.ipynb #8c4bba9e
 ENDINGS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt')
-USUAL = ('diffusion_pytorch_model', 'model', 'pytorch_model', 'adapter_model', 'pytorch_lora_weights', 'generator')
+USUAL = (
+    'diffusion_pytorch_model',
+    'model',
+    'pytorch_model',
+    'adapter_model',
+    'pytorch_lora_weights',
+    'generator',
+)
 NO_WEIGHTS = r'(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|dl_state_dict|custom_checkpoint)'
 SHARD = r'(.+)-(\d{5})-of-(\d{5})'
 
@@ -102,24 +114,33 @@ def _rank(path):
     usual = USUAL.index(stem) if stem in USUAL else len(USUAL)
     return usual, ENDINGS.index(path.suffix), bool(variant), path.name
 
+# %% ../../nbs/51_system.tensors.ipynb #95f01889
 def weight_files(
     source,    # File, index or folder, as diffusers, transformers, accelerate and we write them
     say=print, # Is told which of several files is read
 )->tuple: # `(files, name of a tensor -> its file, or None where no index says it)`
     "The files that hold a network's weights"
     path = Path(source)
-    if path.is_file(): return _indexed(path) if path.name.endswith('.index.json') else ([path], None)
+    if path.is_file():
+        return _indexed(path) if path.name.endswith('.index.json') else ([path], None)
     if not path.is_dir(): raise FileNotFoundError(f'{path} is missing')
-    indexes = sorted(path.glob('*.index.json'), key=lambda p: ('.safetensors.' not in p.name, len(p.name)))
+    indexes = sorted(
+        path.glob('*.index.json'), key=lambda p: ('.safetensors.' not in p.name, len(p.name))
+    )
     if indexes: return _indexed(indexes[0])
-    found = [p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file() and not p.name.startswith('.')]
+    found = [
+        p
+        for p in path.iterdir()
+        if p.suffix in ENDINGS and p.is_file() and not p.name.startswith('.')
+    ]
     found = sorted((p for p in found if not re.match(NO_WEIGHTS, p.name)), key=_rank)
     if (path/'.metadata').is_file() or any(path.glob('*.distcp')):
         raise ValueError(f'{path} is a checkpoint of torch.distributed in pieces: make it one file '
                          "with `accelerate merge-weights` or torch's dcp_to_torch_save")
     if not found: return _subfolder(path, say)
     if shards := [p for p in found if re.fullmatch(SHARD, p.stem)]: return _all_shards(path, shards)
-    if len(found)>1 and say: say(f'{path}: reading {found[0].name}; also there: {few([p.name for p in found[1:]])}')
+    if len(found)>1 and say:
+        say(f'{path}: reading {found[0].name}; also there: {few([p.name for p in found[1:]])}')
     return found[:1], None
 
 # %% ../../nbs/51_system.tensors.ipynb #428668eb
@@ -135,16 +156,24 @@ def _all_shards(path, shards):
     "Files that were counted when they were written; all must be there"
     names = {re.fullmatch(SHARD, p.stem)[1] for p in shards}
     total = {int(re.fullmatch(SHARD, p.stem)[3]) for p in shards}
-    if len(names)>1: return sorted(shards), None  # pieces of several processes name theirs in their metadata
+    # pieces of several processes name theirs in their metadata
+    if len(names)>1: return sorted(shards), None
     if len(total)>1 or len(shards)!=max(total):
-        raise ValueError(f'{path} holds {len(shards)} of {max(total)} parts: {few([p.name for p in shards])}')
+        raise ValueError(
+            f'{path} holds {len(shards)} of {max(total)} parts: {few([p.name for p in shards])}'
+        )
     return sorted(shards), None
 
 def _indexed(index):
     "Files by an index"
     try: names = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-    except (ValueError, KeyError, TypeError) as e: raise Damaged(f'{index} is damaged ({type(e).__name__}: {e})') from None
-    if not isinstance(names, dict) or not names or not all(isinstance(v, str) and v==Path(v).name for v in names.values()):
+    except (ValueError, KeyError, TypeError) as e:
+        raise Damaged(f'{index} is damaged ({type(e).__name__}: {e})') from None
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(v, str) and v == Path(v).name for v in names.values())
+    ):
         raise Damaged(f'{index} is damaged: weight_map must tell a file beside it for each tensor')
     files = [index.parent/n for n in sorted(set(names.values()))]
     for f in files:
@@ -152,9 +181,14 @@ def _indexed(index):
     return files, names
 
 # %% ../../nbs/51_system.tensors.ipynb #b6042578
-STRANGE = {b'GGUF': 'is a GGUF file, whose tensors are quantised', b'<': 'is a web page: the download failed',
-           b'version https://git-lfs': 'is a pointer of git LFS: fetch the file itself with `git lfs pull`',
-           b'\x93NUMPY': 'is a NumPy array', b'\x89HDF': 'is an HDF5 file (Keras)', b'{': 'is JSON, not weights'}
+STRANGE = {
+    b'GGUF': 'is a GGUF file, whose tensors are quantised',
+    b'<': 'is a web page: the download failed',
+    b'version https://git-lfs': 'is a pointer of git LFS: fetch the file itself with `git lfs pull`',
+    b'\x93NUMPY': 'is a NumPy array',
+    b'\x89HDF': 'is an HDF5 file (Keras)',
+    b'{': 'is JSON, not weights',
+}
 
 def _file_tensors(path, part, say):
     "Tensors of one file by what its first bytes say"
@@ -166,33 +200,48 @@ def _file_tensors(path, part, say):
     try: data = read_torch_file(path)
     except RefusedPickle: raise
     except ValueError as e:
-        raise Damaged(f'{path}: not a readable state dict ({str(e).removeprefix(str(path)).strip()})') from None
+        raise Damaged(
+            f'{path}: not a readable state dict ({str(e).removeprefix(str(path)).strip()})'
+        ) from None
     return _unwrap(data, part, path, say)
 
 # %% ../../nbs/51_system.tensors.ipynb #d16dadaa
-def _is_state(o): return isinstance(o, dict) and bool(o) and all(isinstance(v, Tensor) or _is_piece(v) for v in o.values())
+def _is_state(o):
+    return (
+        isinstance(o, dict)
+        and bool(o)
+        and all(isinstance(v, Tensor) or _is_piece(v) for v in o.values())
+    )
 def _is_piece(v): return getattr(v, 'name', '')=='a piece of a tensor'
 
 def _unwrap(data, part, path, say):
     "The state dict inside a checkpoint of a training program"
     if _is_state(data) and not part: return data
-    if not isinstance(data, dict): raise ValueError(f'{path}: not a state dict, it holds a {type(data).__name__}')
+    if not isinstance(data, dict):
+        raise ValueError(f'{path}: not a state dict, it holds a {type(data).__name__}')
     inside = {str(k): v for k,v in data.items() if _is_state(v)}
     for k,v in data.items():
-        if isinstance(v, dict) and not _is_state(v): inside |= {f'{k}.{n}': o for n,o in v.items() if _is_state(o)}
-    inside = {k: v for k,v in inside.items() if not re.search(r'optim|\bopt|sched|scaler|\bstate\.\d', k, re.I)}
+        if isinstance(v, dict) and not _is_state(v):
+            inside |= {f'{k}.{n}': o for n,o in v.items() if _is_state(o)}
+    inside = {
+        k: v
+        for k, v in inside.items()
+        if not re.search(r'optim|\bopt|sched|scaler|\bstate\.\d', k, re.I)
+    }
     if part in inside: return inside[part]
     if part: raise ValueError(f"{path} has no part '{part}': it holds {few(inside or data, 8)}")
     if len(inside)==1:
         (name,state), = inside.items()
         if say: say(f"{path}: reading '{name}'")
         return state
-    if inside: raise ValueError(f"{path} holds several state dicts: say part= one of {few(inside, 8)}")
+    if inside:
+        raise ValueError(f"{path} holds several state dicts: say part= one of {few(inside, 8)}")
     odd = [k for k,v in data.items() if not isinstance(v, Tensor)]
     raise ValueError(f'{path}: not a state dict, it holds: {few(odd, 8) or "nothing"}')
 
 # %% ../../nbs/51_system.tensors.ipynb #b266db96
-WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module') # Put between names by compile and FSDP
+# Put between names by compile and FSDP
+WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 
 def plain_names(
     state:dict, # State dict of a network that may have been wrapped when it was saved
@@ -200,21 +249,27 @@ def plain_names(
 )->dict:
     "Names without what compile, DDP and FSDP put before and between them"
     out = {}
-    averaged = 'n_averaged' in state and all(k.startswith('module.') for k in state if k!='n_averaged')
+    averaged = 'n_averaged' in state and all(
+        k.startswith('module.') for k in state if k != 'n_averaged'
+    )
     items = {k: v for k,v in state.items() if not (averaged and k=='n_averaged')}
     for k in items:
-        if not isinstance(k, str): raise ValueError(f'{source}: not a state dict, it has the name {k!r}')
+        if not isinstance(k, str):
+            raise ValueError(f'{source}: not a state dict, it has the name {k!r}')
     names = {k: '.'.join(o for o in k.split('.') if o not in WRAPPERS) for k in items}
     while names and all(n.startswith('module.') for n in names.values()):
         names = {k: n.removeprefix('module.') for k,n in names.items()}
     for k,v in items.items():
-        if names[k] in out: raise ValueError(f'{source} holds {names[k]} twice, as {k} and under another name')
+        if names[k] in out:
+            raise ValueError(f'{source} holds {names[k]} twice, as {k} and under another name')
         out[names[k]] = v
     return out
 
 # %% ../../nbs/51_system.tensors.ipynb #fd81b867
-SCALES = ('.scale_weight', '.weight_scale') # Beside a matrix in 8 bits: what it is to be multiplied with
-INPUT_SCALES = ('.scale_input', '.input_scale') # Of what comes in; not needed where nothing is computed in 8 bits
+# Beside a matrix in 8 bits: what it is to be multiplied with
+SCALES = ('.scale_weight', '.weight_scale')
+# Of what comes in; not needed where nothing is computed in 8 bits
+INPUT_SCALES = ('.scale_input', '.input_scale')
 
 def _is_fp8(v): return 'float8' in str(v.dtype)
 
@@ -238,7 +293,10 @@ def widen_fp8(
             scale = state[scales[k]].float()
             if scale.numel()==1: scale = scale.reshape(())
             elif scale.shape[0]==scale.numel()==len(v): scale = scale.reshape(-1, *[1]*(v.ndim-1))
-            else: raise ValueError(f'{source}: {scales[k]} {tuple(scale.shape)} is no scale for {k} {tuple(v.shape)}')
+            else:
+                raise ValueError(
+                    f'{source}: {scales[k]} {tuple(scale.shape)} is no scale for {k} {tuple(v.shape)}'
+                )
             out[k] = v.float()*scale
     return out
 
@@ -250,12 +308,15 @@ def read_state_dict(
 )->dict: # Name -> tensor, on the CPU
     "The weights of a network, whoever wrote them; nothing in a file is executed"
     files,index = weight_files(source, say)
-    if len(files)>1 and index is None and files[0].suffix=='.safetensors': state = read_shards(files)
+    if len(files)>1 and index is None and files[0].suffix=='.safetensors':
+        state = read_shards(files)
     else: state = _merged(files, index, part, say)
     if pieces := [k for k,v in state.items() if _is_piece(v)]:
         here,whole = state[pieces[0]].args
-        raise ValueError(f'{source} holds pieces of tensors that lie on several processes ({pieces[0]}: {here} of {whole}): '
-                         'save the full state dict')
+        raise ValueError(
+            f'{source} holds pieces of tensors that lie on several processes ({pieces[0]}: {here} of {whole}): '
+            'save the full state dict'
+        )
     state = {k: v.as_subclass(Tensor).detach() for k,v in plain_names(state, source).items()}
     return widen_fp8(state, source)
 
@@ -266,8 +327,10 @@ def _merged(files, index, part, say):
         got = _file_tensors(f, part, say)
         if index is not None:
             wanted = {k for k,n in index.items() if n==f.name}
-            if lost := sorted(wanted-set(got)): raise Damaged(f'{f} lacks {few(lost)}, which the index says it has')
-            if more := sorted(set(got)-wanted): raise Damaged(f'{f} has {few(more)}, which the index does not know')
+            if lost := sorted(wanted-set(got)):
+                raise Damaged(f'{f} lacks {few(lost)}, which the index says it has')
+            if more := sorted(set(got)-wanted):
+                raise Damaged(f'{f} has {few(more)}, which the index does not know')
         if twice := sorted(set(got) & set(state)): raise Damaged(f'{f} has {few(twice)} again')
         state |= got
     return state
@@ -292,7 +355,8 @@ def one_dtype(
 )->dict:
     "A state dict whose floating tensors have one precision, as a network needs it"
     kinds = {v.dtype for v in state.values() if v.is_floating_point()}
-    for k in kinds if dtype is None else (): dtype = k if dtype is None else torch.promote_types(dtype, k)
+    for k in kinds if dtype is None else ():
+        dtype = k if dtype is None else torch.promote_types(dtype, k)
     return {k: v.to(dtype) if v.is_floating_point() else v for k,v in state.items()}
 
 # %% ../../nbs/51_system.tensors.ipynb #75a69a2b
@@ -304,7 +368,12 @@ KINDS = {  # what a file is, by names that only such files have
     'a diffusion transformer': r'^(transformer\.)?(single_)?transformer_blocks\.\d',
     "an optimiser's state": r'^\d+\.(exp_avg|step)|^state\.\d',
 }
-CHANNELS = {9: 'an inpainting U-Net', 8: 'a U-Net that is given a picture', 7: 'an upscaling U-Net', 5: 'a depth-guided U-Net'}
+CHANNELS = {
+    9: 'an inpainting U-Net',
+    8: 'a U-Net that is given a picture',
+    7: 'an upscaling U-Net',
+    5: 'a depth-guided U-Net',
+}
 
 def kind_of(
     names, # Of the tensors of a file
@@ -332,7 +401,9 @@ def _channels(wrong):
     k,a,b = wrong[0]
     if len(wrong)>2 or len(a)<2 or len(b)!=len(a) or a[0]!=b[0] or a[2:]!=b[2:]: return None
     what = CHANNELS.get(b[1])
-    return f'{k} takes {b[1]} input channels where {a[1]} are wanted' + (f': it looks like {what}' if what else '')
+    return f'{k} takes {b[1]} input channels where {a[1]} are wanted' + (
+        f': it looks like {what}' if what else ''
+    )
 
 # %% ../../nbs/51_system.tensors.ipynb #12936043
 def likely_cause(
@@ -348,7 +419,8 @@ def likely_cause(
         if start := _prefix(theirs, mine): return f"its names lack '{start}' at the beginning"
         return 'none of its names is wanted: another kind of network'
     if not wrong:
-        if len(theirs)<len(mine) and not set(theirs)-set(mine): return f'it has {len(theirs)} of {len(mine)} tensors'
+        if len(theirs)<len(mine) and not set(theirs)-set(mine):
+            return f'it has {len(theirs)} of {len(mine)} tensors'
         return None
     if all(a==b[::-1] for _,a,b in wrong): return 'its matrices are transposed'
     if cause := _channels(wrong): return cause
@@ -365,7 +437,11 @@ def misfit(
     mine,theirs = ({k: _shape(v) for k,v in d.items()} for d in (mine, theirs))
     missing = [k for k in mine if k not in theirs]
     unexpected = [k for k in theirs if k not in mine]
-    wrong = [f'{k} {theirs[k]} instead of {mine[k]}' for k in mine if k in theirs and mine[k]!=theirs[k]]
+    wrong = [
+        f'{k} {theirs[k]} instead of {mine[k]}'
+        for k in mine
+        if k in theirs and mine[k] != theirs[k]
+    ]
     if not missing and not unexpected and not wrong: return ''
     parts = dict(missing=missing, unexpected=unexpected, misshapen=wrong)
     cause = likely_cause(mine, theirs)
@@ -404,12 +480,19 @@ def check_finite(
     "Refuse NaN and infinite numbers, by name and place"
     for name,t in (tensors if isinstance(tensors, dict) else {'': tensors}).items():
         if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()): continue
-        known = t.detach().float() if t.element_size()==1 else t.detach()  # numbers of 8 bits know no isfinite
+        # numbers of 8 bits know no isfinite
+        known = t.detach().float() if t.element_size()==1 else t.detach()
         good = known.isfinite()
         if good.all(): continue
         nans = known.isnan()
         bad = ~good
         first = tuple(bad.nonzero()[0].tolist())
-        what = ' and '.join(f'{n:,} {word}' for n,word in ((int(nans.sum()), 'NaN'), (int((bad&~nans).sum()), 'infinite')) if n)
-        raise ValueError(f'{where}: {name+" has" if name else "has"} {what} of {t.numel():,} numbers, the first at {first}{advice and ": "+advice}')
+        what = ' and '.join(
+            f'{n:,} {word}'
+            for n, word in ((int(nans.sum()), 'NaN'), (int((bad & ~nans).sum()), 'infinite'))
+            if n
+        )
+        raise ValueError(
+            f'{where}: {name + " has" if name else "has"} {what} of {t.numel():,} numbers, the first at {first}{advice and ": " + advice}'
+        )
     return tensors

@@ -26,10 +26,17 @@ def read_text(
             try: line.decode('utf-8')
             except UnicodeDecodeError as e:
                 wide = i==1 and raw[:2] in (b'\xff\xfe', b'\xfe\xff')
-                hint = 'it begins like UTF-16; save it as UTF-8' if wide else 'save the file as UTF-8'
-                raise ValueError(f'{path}, line {i}: not UTF-8 (byte {line[e.start]:#x} at {e.start}): {hint}') from None
+                hint = (
+                    'it begins like UTF-16; save it as UTF-8' if wide else 'save the file as UTF-8'
+                )
+                raise ValueError(
+                    f'{path}, line {i}: not UTF-8 (byte {line[e.start]:#x} at {e.start}): {hint}'
+                ) from None
         raise
-    if '\0' in text: raise ValueError(f'{path}, line {text[:text.index(chr(0))].count(chr(10))+1}: not text (it has a zero byte)')
+    if '\0' in text:
+        raise ValueError(
+            f'{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: not text (it has a zero byte)'
+        )
     return text
 
 # %% ../../nbs/53_system.texts.ipynb #65d602f5
@@ -48,7 +55,8 @@ def clean_prompt(
 )->str: # With single spaces
     "One prompt, or an error that says why it cannot be one"
     if not isinstance(text, str): raise ValueError(f'{where}: {_short(text)} is no text')
-    if '\0' in text or any('\ud800'<=c<='\udfff' for c in text): raise ValueError(f'{where}: not text (half of a character, or a zero byte)')
+    if '\0' in text or any('\ud800'<=c<='\udfff' for c in text):
+        raise ValueError(f'{where}: not text (half of a character, or a zero byte)')
     if not text.strip(): raise ValueError(f'{where}: empty prompt')
     return ' '.join(text.split())
 
@@ -57,14 +65,15 @@ def _short(v):
     return text if len(text)<=40 else f'{text[:37]}...'
 
 # %% ../../nbs/53_system.texts.ipynb #a6d3d71c
-COLUMNS = 'caption', 'prompt', 'text' # Where a table or object has its prompt; the first that is there counts
+# Where a table or object has its prompt; the first that is there counts
+COLUMNS = 'caption', 'prompt', 'text'
 LEFT_OUT = {
     '.parquet .arrow .feather .orc': 'is a table that this package does not read: save its prompts as .csv or .jsonl',
     '.xls .xlsx .xlsm .ods .numbers': 'is a spreadsheet: save it as .csv',
     '.doc .docx .odt .rtf .pdf .html .htm .xml .yaml .yml .toml': 'is no list of prompts: save them as a text file, one a line',
     '.gz .zip .tar .tgz .bz2 .xz .zst .7z': 'is packed: unpack it first',
     '.pt .pth .ckpt .bin .safetensors .npy .npz': 'holds numbers, no prompts: save them as a text file, one a line',
-} # Endings of files that are refused, and why
+}  # Endings of files that are refused, and why
 
 def read_prompts(
     path,        # .txt (one a line), .csv, .tsv, .json, .jsonl or .pkl (read as data, never run)
@@ -79,7 +88,8 @@ def read_prompts(
         if kind in endings.split(): raise ValueError(f'{path} {why}')
     if kind in ('.csv', '.tsv'): found = _table(path, column)
     elif kind=='.json': found = _json(path, column)
-    elif kind in ('.jsonl', '.ndjson'): found = _json_lines(path, text_lines(read_text(path)), column)
+    elif kind in ('.jsonl', '.ndjson'):
+        found = _json_lines(path, text_lines(read_text(path)), column)
     elif kind in ('.pkl', '.pickle'): found = _items(path, _pickled(path), column)
     else: found = [(f'line {i}', line) for i,line in enumerate(text_lines(read_text(path)), 1)]
     prompts = [clean_prompt(text, f'{path}, {where}') for where,text in found]
@@ -95,7 +105,9 @@ def _column(path, names, wanted=None): # The file, what its columns are called, 
         for k in (w, f'{w}s'):
             if len(known.get(k, [])) > 1: raise ValueError(f'{path}: has two columns called {k}')
             if k in known: return known[k][0]
-    there = ', '.join(_short(n) for n in list(names)[:6]) + (' ...' if len(names)>6 else '') or 'none'
+    there = (
+        ', '.join(_short(n) for n in list(names)[:6]) + (' ...' if len(names) > 6 else '') or 'none'
+    )
     raise ValueError(f"{path}: no column {wanted or 'caption, prompt or text'}; there are: {there}")
 
 # %% ../../nbs/53_system.texts.ipynb #f8447c4f
@@ -104,7 +116,8 @@ def _table(path, column):
     text = read_text(path)
     if not text.strip(): return []
     errors = []
-    for mark in '\t' if path.suffix.lower()=='.tsv' else ',;\t':  # many spreadsheets separate by semicolons
+    # many spreadsheets separate by semicolons
+    for mark in '\t' if path.suffix.lower()=='.tsv' else ',;\t':
         rows = csv.reader(io.StringIO(text, newline=''), delimiter=mark, strict=True)
         try:
             names = next(rows)
@@ -120,10 +133,16 @@ def _fields(path, rows, width, at):
     while True:
         line = rows.line_num+1
         try: row = next(rows, None)
-        except csv.Error as e: raise ValueError(f'{path}, line {line}: {e} (a quote that is not closed, or not doubled)') from None
+        except csv.Error as e:
+            raise ValueError(
+                f'{path}, line {line}: {e} (a quote that is not closed, or not doubled)'
+            ) from None
         if row is None: return
         if not row: continue  # an empty line
-        if len(row)!=width: raise ValueError(f'{path}, line {line}: {len(row)} fields where the first line has {width}; a text with a separator in it needs quotes')
+        if len(row)!=width:
+            raise ValueError(
+                f'{path}, line {line}: {len(row)} fields where the first line has {width}; a text with a separator in it needs quotes'
+            )
         yield f'line {line}', row[at]
 
 # %% ../../nbs/53_system.texts.ipynb #a50f6c54
@@ -132,15 +151,18 @@ def _json(path, column):
     text = read_text(path)
     try: data = json.loads(text)
     except (ValueError, RecursionError) as e:
-        if str(e).startswith('Extra data'): return _json_lines(path, text_lines(text), column)  # of the other kind, with this ending
+        # of the other kind, with this ending
+        if str(e).startswith('Extra data'): return _json_lines(path, text_lines(text), column)
         raise ValueError(f'{path}: cannot be read as prompts: no JSON ({e})') from None
     if isinstance(data, dict):
-        if 'annotations' in data: return [(f'image {i}', c) for i,c in first_captions(data, path).items()]
+        if 'annotations' in data:
+            return [(f'image {i}', c) for i,c in first_captions(data, path).items()]
         data = data[_column(path, data, column)]
     return _items(path, data, column)
 
 def _items(path, data, column):
-    if not isinstance(data, list): raise ValueError(f'{path}: cannot be read as prompts: {_short(data)} is no list of texts')
+    if not isinstance(data, list):
+        raise ValueError(f'{path}: cannot be read as prompts: {_short(data)} is no list of texts')
     return [(f'item {i}', _value(f'{path}, item {i}', o, column)) for i,o in enumerate(data, 1)]
 
 def _value(where, o, column): return o[_column(where, o, column)] if isinstance(o, dict) else o
@@ -151,14 +173,18 @@ def _json_lines(path, lines, column):
     for i,line in enumerate(lines, 1):
         if not line.strip(): continue
         try: o = json.loads(line)
-        except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {i}: no JSON ({e})') from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f'{path}, line {i}: no JSON ({e})') from None
         found.append((f'line {i}', _value(f'{path}, line {i}', o, column)))
     return found
 
 # %% ../../nbs/53_system.texts.ipynb #b3cf7d7d
 def _pickled(path):
     try: return read_pickle(path)
-    except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f'{path}: cannot be read as prompts ({e})') from None
+    except ValueError as e:
+        raise ValueError(
+            str(e) if str(path) in str(e) else f'{path}: cannot be read as prompts ({e})'
+        ) from None
 
 # %% ../../nbs/53_system.texts.ipynb #a6b63b47
 def first_captions(
@@ -167,7 +193,10 @@ def first_captions(
 )->dict: # Number of an image -> its caption
     "One caption for each image: the one with the lowest number"
     try: rows = sorted(data['annotations'], key=lambda o: (o['image_id'], o['id']))
-    except (KeyError, TypeError) as e: raise ValueError(f"{path}: cannot be read as prompts: annotations need image_id, id and caption ({e})") from None
+    except (KeyError, TypeError) as e:
+        raise ValueError(
+            f"{path}: cannot be read as prompts: annotations need image_id, id and caption ({e})"
+        ) from None
     first = {}
     for o in rows: first.setdefault(o['image_id'], o.get('caption'))
     return first

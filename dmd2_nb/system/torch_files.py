@@ -11,8 +11,18 @@ from pathlib import Path
 
 import torch
 
-from .safe_pickle import (DAMAGE, Budget, Machine, Numbers, RefusedPickle, Thing, TORCH_CALLS, as_data,
-                                        read_torch_stream, storage_id)
+from dmd2_nb.system.safe_pickle import (
+    DAMAGE,
+    Budget,
+    Machine,
+    Numbers,
+    RefusedPickle,
+    Thing,
+    TORCH_CALLS,
+    as_data,
+    read_torch_stream,
+    storage_id,
+)
 from .zips import checked_zip
 
 # %% ../../nbs/51a_system.torch_files.ipynb #a2945d20
@@ -26,11 +36,13 @@ def read_torch_file(
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing')
     with open(path, 'rb') as f: zipped = f.read(4)==b'PK\3\4'
-    if not zipped: return as_data(lambda stream, budget: read_torch_stream(stream, budget, SPREAD), path)
+    if not zipped:
+        return as_data(lambda stream, budget: read_torch_stream(stream, budget, SPREAD), path)
     try:
         with checked_zip(path, max_bytes=2**44) as z: return _read_zip(z, path)
     except RefusedPickle as e: raise RefusedPickle(f'{path} is refused: {_line(e)}') from None
-    except DAMAGE as e: raise ValueError(f'{path} is truncated or damaged ({_line(e, path)})') from None
+    except DAMAGE as e:
+        raise ValueError(f'{path} is truncated or damaged ({_line(e, path)})') from None
 
 def _line(e, path=''):
     "An error as one line, without the file's name"
@@ -50,7 +62,8 @@ def _read_zip(z, path):
     def persistent(given):
         key,dtype,n = storage_id(given)
         if key not in storages: storages[key] = _bytes_of(z, f'{root}data/{key}', whole)
-        if n*dtype.itemsize!=storages[key].nbytes(): raise TypeError('a storage has another size than its tensors say')
+        if n*dtype.itemsize!=storages[key].nbytes():
+            raise TypeError('a storage has another size than its tensors say')
         return Numbers(storages[key], dtype)
     data = z.read(f'{root}data.pkl', 2**30)
     return Machine(Budget(size), TORCH_CALLS, SPREAD, persistent).run(io.BytesIO(data))
@@ -63,11 +76,17 @@ def _bytes_of(z, name, whole):
     if whole is not None and entry.compress_type==0:
         z.file.seek(entry.header_offset+26)  # behind this header: the name, more facts, the bytes
         lengths = z.file.read(4)
-        begin = entry.header_offset+30+int.from_bytes(lengths[:2], 'little')+int.from_bytes(lengths[2:], 'little')
+        begin = (
+            entry.header_offset
+            + 30
+            + int.from_bytes(lengths[:2], 'little')
+            + int.from_bytes(lengths[2:], 'little')
+        )
         if begin%16==0: return whole[begin:begin+entry.file_size]
     raw = torch.empty(entry.file_size, dtype=torch.uint8)
     view,at = memoryview(raw.numpy()),0
     with z.open(name) as f:
         while at<len(view) and (n := f.readinto(view[at:at+2**24])): at += n
-        if f.read(1) or at<len(view): raise TypeError(f'{name} has another size than the table of contents says')
+        if f.read(1) or at<len(view):
+            raise TypeError(f'{name} has another size than the table of contents says')
     return raw.untyped_storage()

@@ -51,7 +51,8 @@ def _check_table(entries):
         names.add(o.filename)
     end = 0
     for o in sorted(entries, key=lambda o: o.header_offset):
-        if o.header_offset<end: raise ValueError(f"the bytes of '{o.filename[:80]}' belong to another entry too")
+        if o.header_offset<end:
+            raise ValueError(f"the bytes of '{o.filename[:80]}' belong to another entry too")
         end = o.header_offset+30+o.compress_size
 
 # %% ../../nbs/50a_system.zips.ipynb #8bb9af4c
@@ -93,11 +94,17 @@ class checked_zip:
             packed += self.zip.getinfo(name).compress_size
             total += size
             if max_entry and size>max_entry:
-                raise ValueError(f"'{name[:80]}' claims {size:,} bytes, over the limit of {max_entry:,}")
+                raise ValueError(
+                    f"'{name[:80]}' claims {size:,} bytes, over the limit of {max_entry:,}"
+                )
         if max_bytes and total>max_bytes:
-            raise ValueError(f'it claims {total:,} bytes, over the limit of {max_bytes:,}: a decompression bomb')
+            raise ValueError(
+                f'it claims {total:,} bytes, over the limit of {max_bytes:,}: a decompression bomb'
+            )
         if max_bytes and total>FREE_BYTES and total>MAX_RATIO*packed:
-            raise ValueError(f'it claims {total:,} bytes out of {packed:,}: refused as a decompression bomb')
+            raise ValueError(
+                f'it claims {total:,} bytes out of {packed:,}: refused as a decompression bomb'
+            )
 
     @property
     def names(self): return list(self.sizes) # Wanted entries that are there, in the archive's order
@@ -116,7 +123,9 @@ class checked_zip:
         "The whole of an entry"
         size = self.sizes.get(name, 0)
         if limit and size>limit:
-            raise ValueError(f'{self.path}: {name} claims {size:,} bytes, over the limit of {limit:,}')
+            raise ValueError(
+                f'{self.path}: {name} claims {size:,} bytes, over the limit of {limit:,}'
+            )
         with self.open(name) as f:
             try: return f.read()
             except UNREADABLE as e:
@@ -158,13 +167,17 @@ def read_npz(
 
 def _array(z, name):
     "One array, after its first line was believed"
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     with z.open(name) as f:
         version = np.lib.format.read_magic(f)
         if version not in headers: raise ValueError(f"'{name}' has the unknown version {version}")
         shape,_,dtype = headers[version](f)
         need,there = prod(shape)*dtype.itemsize,z.sizes[name]-f.tell()
-    if dtype.hasobject: raise ValueError(f"'{name}' holds Python objects, which are pickles: refused")
+    if dtype.hasobject:
+        raise ValueError(f"'{name}' holds Python objects, which are pickles: refused")
     if min(shape, default=0)<0 or need>there:
         raise ValueError(f"'{name}' claims {need:,} bytes for its shape {shape}, and has {there:,}")
     with z.open(name) as f: return np.lib.format.read_array(f, allow_pickle=False)
