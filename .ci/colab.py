@@ -11,9 +11,18 @@ root = Path(__file__).resolve().parent.parent
 repository = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8'))['project'][
     'urls'
 ]['Repository']
-badge_of = '[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/nbs/{})'
-install = f"#| hide\n#| eval: false\n! [ -e /content ] && pip install -q nbdev 'dmd2_nb[sdxl,eval,lmdb,study] @ git+{repository}'"
-export = "#| hide\nfrom nbdev.doclinks import is_nbdev, nbdev_export\nif is_nbdev(): nbdev_export()  # nothing to export to outside of the repository"
+badge_of = (
+    '[![Open in '
+    'Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/nbs/{})'
+)
+install = (
+    "#| hide\n#| eval: false\n! [ -e /content ] && pip install -q nbdev "
+    f"'dmd2_nb[sdxl,eval,lmdb,study] @ git+{repository}'"
+)
+export = (
+    "#| hide\nfrom nbdev.doclinks import is_nbdev, nbdev_export\nif is_nbdev(): nbdev_export()  # "
+    "nothing to export to outside of the repository"
+)
 
 
 def badge(name): return badge_of.format(repository.removeprefix('https://github.com/'), name)

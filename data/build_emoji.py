@@ -56,7 +56,10 @@ def sources(style, folder):
     def svg(o):
         o = size | o
         box = f"{o['left']} {o['top']} {o['width']} {o['height']}"
-        text = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}" width="128" height="128">{o["body"]}</svg>'
+        text = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{box}" width="128" height="128">{o["body"]}</svg>'
+        )
         r = subprocess.run(
             ['rsvg-convert', '-w', '128', '-h', '128'], input=text.encode(), capture_output=True
         )
@@ -103,7 +106,8 @@ def main():
     left = sum(len(v) for v in todo.values())
     if left:
         sys.exit(
-            f'{left} of {n} pictures were not found: another version of a package or of rsvg-convert? Nothing was written.'
+            f'{left} of {n} pictures were not found: another version of a package or of '
+            'rsvg-convert? Nothing was written.'
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = out.with_name(out.name+'.tmp')

@@ -105,7 +105,8 @@ def spread(extract, x):
     return (torch.cdist(f, f).sum((1, 2))/12).mean().item()
 
 class Consistency:
-    "Consistency distillation (Song et al., 2023, algorithm 2): neighbours on a path of the teacher's ODE get the same answer"
+    """Consistency distillation (Song et al., 2023, algorithm 2): neighbours on a path of the
+    teacher's ODE get the same answer"""
     gan_on = False
     def __init__(self, T, G, cfg, n=18):
         self.cfg,self.T,self.G,self.step,self.g_updates = cfg,T,G,0,0

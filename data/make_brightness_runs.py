@@ -65,7 +65,9 @@ def run(ratio, lr, seed, updates, device, batch):
                 )
             )
     print(
-        f'ratio {ratio} seed {seed}: {time.time() - start:.0f} s, means {min(float(o["x_mean"]) for o in rows):.3f} to {max(float(o["x_mean"]) for o in rows):.3f}',
+        f'ratio {ratio} seed {seed}: {time.time() - start:.0f} s, means '
+        f'{min(float(o["x_mean"]) for o in rows):.3f} to '
+        f'{max(float(o["x_mean"]) for o in rows):.3f}',
         flush=True,
     )
     return rows

@@ -129,7 +129,8 @@ class Bench:
 
     @torch.no_grad()
     def steps(self, dmd, n=1000):
-        "Kernel distance after each step but the last, and how far the inputs it makes are from noised real images, in units of the noise"
+        """Kernel distance after each step but the last, and how far the inputs it makes are from
+        noised real images, in units of the noise"""
         if len(dmd.cfg.levels)==1: return {}
         levels, res, seen, known = (
             torch.tensor(dmd.cfg.levels),
@@ -338,9 +339,13 @@ class Bench:
         rows = [o for o in read_log(a.out/f'{name}.csv') if 'kid' in o]
         o,f = rows[-1],getattr(self, 'finals', {})
         print(
-            f'{text}: {begun} its, {dmd.g_updates + g0} g, {seconds:.0f} s counted, {time.time() - t:.0f} s; {1e3 * (per or 0.0):.1f} ms/it; kid '
+            f'{text}: {begun} its, {dmd.g_updates + g0} g, {seconds:.0f} s counted, '
+            f'{time.time() - t:.0f} s; {1e3 * (per or 0.0):.1f} ms/it; kid '
             + ' '.join(f"{r['kid']:.4f}/{r['raw_kid']:.4f}" for r in rows)
-            + f" held {o['kid_held']:.4f} se {o['kid_se']:.4f} P {f.get('precision', 0):.3f} R {f.get('recall', 0):.3f} div {f.get('diversity', 0):.2f}"
+            + (
+                f" held {o['kid_held']:.4f} se {o['kid_se']:.4f} P {f.get('precision', 0):.3f} R "
+                f"{f.get('recall', 0):.3f} div {f.get('diversity', 0):.2f}"
+            )
             + ''.join(f" {k} {o[k]:.2f}" for k in LOGGED[-9:] if k in o),
             flush=True,
         )

@@ -44,7 +44,8 @@ def teacher(a):
     )
     steps = max(int((a.seconds-(time.time()-t)-a.reserve)/sec), 20)
     print(
-        f'{sec * 1e3:.2f} ms an update of {r.teacher["batch"]}, {r.teacher["batch"] / sec:.0f} images/s; {steps} updates',
+        f'{sec * 1e3:.2f} ms an update of {r.teacher["batch"]}, {r.teacher["batch"] / sec:.0f} '
+        f'images/s; {steps} updates',
         flush=True,
     )
     every = dict(log=max(steps//200, 1), show=0, save=0, eval=max(steps//a.evals, 1))

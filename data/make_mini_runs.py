@@ -183,7 +183,8 @@ class Job:
         )
 
     def follow(self, name, loop, columns, look, share, looks, recorded=lambda: 0):
-        "Log the means of 60 parts of a run, judge `looks` times with `look(whether it is the last)`; `share(step, seconds)` says how much of it is done. `(rows, last judgement)`"
+        """Log the means of 60 parts of a run, judge `looks` times with `look(whether it is the
+        last)`; `share(step, seconds)` says how much of it is done. `(rows, last judgement)`"""
         log, means, spent, logged, seen, flying = (
             CsvLog(self.out / f'mini_{name}.csv', ('step', 'seconds', *columns, *NUMBERS)),
             Means(),
@@ -552,7 +553,8 @@ class Curve:
 
 
 def adaptation(a):
-    "A teacher fine-tuned until it draws one style whatever style is asked for, and three ways to a four-step generator of it"
+    """A teacher fine-tuned until it draws one style whatever style is asked for, and three ways to
+    a four-step generator of it"""
     job, folder = Job(a), Path(a.teacher or Path(a.out)/'mini_teacher')
     lora = job.out/'mini_shared_0'/'pytorch_lora_weights.safetensors'
     if not lora.is_file():
@@ -736,7 +738,8 @@ def finish_adapt(job, table, curves, sheets, facts):
 
 
 def grain(y):
-    "Mean spread of bytes within the upper corners of pictures (n, h, w, 3), which most emoji leave white; the median over pictures"
+    """Mean spread of bytes within the upper corners of pictures (n, h, w, 3), which most emoji
+    leave white; the median over pictures"""
     return float(np.median([c.std(axis=(0, 1)).mean() for p in y for c in (p[:6,:6], p[:6,-6:])]))
 
 def edges(y):

@@ -190,7 +190,8 @@ class OutOfTime(Exception): pass
 deadline = [float('inf')]
 
 def follow(run, steps, at, judge, real=None, conds=None):
-    "Train, calling `judge(run, seconds)` at the generator updates in `at`; the seconds are processor time of training alone"
+    """Train, calling `judge(run, seconds)` at the generator updates in `at`; the seconds are
+    processor time of training alone"""
     at, used, last, res = set(at), 0., 0, []
     t = time.process_time()
     for _ in train(run, conds, steps, real):
@@ -438,7 +439,8 @@ def film(critic, seed=0, n=400):
     )
 
 def chase_run(ratio, times, seed, critic='learned', width=32, depth=2, target=2., std=0.5, lr=1e-3):
-    "One Gaussian chases another; generator and critic both know the start. The critic's learning rate is `times` the generator's"
+    """One Gaussian chases another; generator and critic both know the start. The critic's learning
+    rate is `times` the generator's"""
     start, teacher = (
         Mixture(torch.ones(1), torch.tensor([[m, 0.0]]), std**2 * torch.eye(2)[None])
         for m in (-target, target)

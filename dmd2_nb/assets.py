@@ -13,7 +13,10 @@ from pathlib import Path
 # %% ../nbs/00b_assets.ipynb #8fd7f467
 # File -> how a user gets it when it did not travel with the package
 SOURCES = {
-    'emoji64.npz': 'it is too large to travel: build it with `python data/build_emoji.py --size 64` from a checkout of the repository'
+    'emoji64.npz': (
+        'it is too large to travel: build it with `python data/build_emoji.py --size 64` from a '
+        'checkout of the repository'
+    )
 }
 
 def data_folders()->list: # Existing folders, first wins

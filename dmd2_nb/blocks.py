@@ -23,7 +23,12 @@ def _draw(shape, law, fan_in, fan_out):
 
 class Linear(nn.Module):
     "Matrix product in the dtype of its input"
-    def __init__(self, cin, cout, bias=True, law='kaiming_uniform', scale=1., bias_scale=0.): # Features in and out; whether there is an offset; the law that weights are drawn from; factors on weights and offset
+    def __init__(self,
+        cin, cout,     # Features in and out
+        bias=True,     # Whether there is an offset
+        law='kaiming_uniform',     # From which weights are drawn
+        scale=1., bias_scale=0.,   # Factors on weights and offset at the start
+    ):
         super().__init__()
         self.weight = nn.Parameter(_draw((cout, cin), law, cin, cout)*scale)
         self.bias = nn.Parameter(_draw((cout,), law, cin, cout)*bias_scale) if bias else None
@@ -170,7 +175,8 @@ class Block(nn.Module):
             )
 
     def attend(self, x, bias=True): # Without `bias` the caller adds that of the last projection
-        "Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is copied, and gradients of q, k, v are joined once"
+        """Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is
+        copied, and gradients of q, k, v are joined once"""
         b,c,h,w = x.shape
         rows = lambda t: t.permute(0, 2, 3, 1).reshape(b, h*w, -1)
         d = c//self.heads

@@ -236,7 +236,12 @@ def _figure(n, rows, blocks):
     return _axes(blocks, 1, 0.8*n, 0.8*rows+0.6)
 
 # %% ../nbs/90_cli.ipynb #d847a378
-def draw_grid(path, images, data, conds): # File to write; bytes; the `ImageData` that knows the names; condition of each image
+def draw_grid(
+    path,   # File to write
+    images, # Bytes
+    data,   # The `ImageData` that knows the names
+    conds,  # Condition of each image
+):
     "A sheet of samples, a class a column"
     n = _columns(data)
     axs = _figure(n, len(images)/n, 1)
@@ -264,7 +269,13 @@ def draw_curves(path, rows, names): # File to write; rows of a log; columns to d
     save_figure(axs, path)
 
 # %% ../nbs/90_cli.ipynb #239f182c
-def draw_pairs(path, above, below, data, conds, steps, levels): # File to write; two sets of bytes; data and conditions; evaluations of each
+def draw_pairs(
+    path,         # File to write
+    above, below, # Two sets of bytes
+    data,         # The `ImageData` that knows the names
+    conds,        # Conditions
+    steps, levels, # Evaluations of each
+):
     "Teacher above, generator below, from the same noise and labels"
     n,names = _columns(data),_captions(data, conds)
     axs = _figure(n, len(above)/n, 2)
@@ -322,7 +333,10 @@ def _report(run, file):
     )
 
 # %% ../nbs/90_cli.ipynb #b63e41c9
-@command('dmd2_distill', 'cut each batch into pieces with --accum 2, 4 ... (the results are the same), or give a smaller --batch')
+@command('dmd2_distill', (
+    'cut each batch into pieces with --accum 2, 4 ... (the results are the same), or give a '
+    'smaller --batch'
+))
 def distill_main(argv): # Words of the command line
     "Distil a teacher"
     a = _distill_options().parse_args(argv)
@@ -395,7 +409,10 @@ def _distill_options():
     )
     add(
         '--begin',
-        help='earlier run whose generator and fake score to begin with: its folder with the state kept, or a folder of DMD2',
+        help=(
+            'earlier run whose generator and fake score to begin with: its folder with the state '
+            'kept, or a folder of DMD2'
+        ),
     )
     add(
         '--reference',

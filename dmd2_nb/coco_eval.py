@@ -76,7 +76,8 @@ def generate(
         differ = differences(made, facts)
         if differ:
             raise ValueError(
-                f"{out}: was made with another {', '.join(d.split()[0] for d in differ[:6])} ({few(differ, 3)}); choose another folder"
+                f"{out}: was made with another {', '.join(d.split()[0] for d in differ[:6])} "
+                f"({few(differ, 3)}); choose another folder"
             )
     elif list(out.glob('*.png')):
         raise ValueError(f'{out}: has pictures of unknown origin; choose another folder')
@@ -140,18 +141,20 @@ class Photographs:
         features:Features, # `inception()` for FID
         size:int=512,      # 512 for SDXL, 256 for Stable Diffusion 1.5
         patch_size:int=299,# 0 for no patches
-        names=None,        # File names of those that count, such as the photographs of the chosen captions; all when absent
+        names=None,        # File names of those that count, such as photographs of chosen captions; all when absent
     ):
         def chosen(files):
             if names is None: return files
             there = {Path(n).name: n for n in files.names}
             if len(there)<len(files.names):
                 raise ValueError(
-                    f'{source}: {len(files.names) - len(there)} photographs have the name of another one in another folder'
+                    f'{source}: {len(files.names) - len(there)} photographs have the name of '
+                    'another one in another folder'
                 )
             if gone := [n for n in names if n not in there]:
                 raise FileNotFoundError(
-                    f"{source}: {len(gone)} of {len(names)} photographs are missing: {', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}"
+                    f"{source}: {len(gone)} of {len(names)} photographs are missing: "
+                    f"{', '.join(gone[:3])}{' ...' if len(gone) > 3 else ''}"
                 )
             files.names = [there[n] for n in names]
             return files

@@ -327,7 +327,8 @@ def batch_stream(
         n += 1
     if wanted is not None:
         raise ValueError(
-            f"{name} ended after {n} batch{'es' * (n != 1)} of the {wanted} wanted: give more of them, or ask for fewer iterations"
+            f"{name} ended after {n} batch{'es' * (n != 1)} of the {wanted} wanted: give more of "
+            "them, or ask for fewer iterations"
         )
 
 # %% ../nbs/00_core.ipynb #c07e5a16
@@ -349,11 +350,13 @@ def check_torch(
     default,wide = torch.get_default_dtype(),dtype if dtype==torch.float64 else torch.float32
     if default not in (torch.float32, wide):
         raise ValueError(
-            f"PyTorch's default dtype is {default}, the weights are {dtype}: call torch.set_default_dtype({wide}) before training"
+            f"PyTorch's default dtype is {default}, the weights are {dtype}: call "
+            f"torch.set_default_dtype({wide}) before training"
         )
     if torch.get_default_device().type!='cpu':
         raise ValueError(
-            f"PyTorch's default device is {torch.get_default_device()}: call torch.set_default_device('cpu') and move the networks instead"
+            f"PyTorch's default device is {torch.get_default_device()}: call "
+            "torch.set_default_device('cpu') and move the networks instead"
         )
     if not torch.is_grad_enabled():
         raise ValueError(
@@ -362,7 +365,8 @@ def check_torch(
     for kind in ('cpu', 'cuda'):
         if torch.is_autocast_enabled(kind):
             raise ValueError(
-                f"training under torch.autocast('{kind}') changes its losses: leave autocast, and set the config's dtype"
+                f"training under torch.autocast('{kind}') changes its losses: leave autocast, and "
+                "set the config's dtype"
             )
 
 # %% ../nbs/00_core.ipynb #c07e5a1a

@@ -38,9 +38,13 @@ class Pace:
 
 # %% ../nbs/40_dashboard.ipynb #815c616b
 STYLE = (
-    '.dmd2board{background:#fff;color:#222;font:11px/1.5 system-ui,sans-serif;padding:8px;max-width:1120px} .dmd2board text{font:10px system-ui,sans-serif;fill:#555} '
-    '.dmd2board .t{font-weight:600;font-size:11px;fill:#222} .dmd2board .p{display:flex;flex-wrap:wrap;gap:10px} .dmd2board figure{margin:0;max-width:100%} '
-    '.dmd2board .b{height:6px;background:#e4e4e4;margin:4px 0 8px} .dmd2board .b i{display:block;height:6px;background:#1f6fb4}'
+    '.dmd2board{background:#fff;color:#222;font:11px/1.5 '
+    'system-ui,sans-serif;padding:8px;max-width:1120px} .dmd2board text{font:10px '
+    'system-ui,sans-serif;fill:#555} '
+    '.dmd2board .t{font-weight:600;font-size:11px;fill:#222} .dmd2board '
+    '.p{display:flex;flex-wrap:wrap;gap:10px} .dmd2board figure{margin:0;max-width:100%} '
+    '.dmd2board .b{height:6px;background:#e4e4e4;margin:4px 0 8px} .dmd2board .b '
+    'i{display:block;height:6px;background:#1f6fb4}'
 )
 
 def clock(
@@ -56,7 +60,7 @@ class Dashboard:
     def __init__(self,
         samples=None,    # Function that draws samples: images (n, c, h, w) in [-1, 1], or points (n, 2)
         reference=None,  # Points (m, 2) to lay below
-        file=None,       # HTML file to keep; while the run goes on it reloads itself every 5 seconds, and is written no more often
+        file=None,       # HTML file to keep; it reloads itself every 5 seconds and is written no more often
         title='DMD2',    # Above the page
         loggers=(),      # Anything with `add(row)`: a `CsvLog`, `TensorBoardLog`, `WandbLog`
         every=0.5,       # Seconds between two drawings at least
@@ -195,13 +199,17 @@ class Dashboard:
         )
         return (
             f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
-            f'<div class="p">{plots}{shown}</div>{f"watching took {100 * self.cost:.1f} % of the time" if gone > 20 or self.done else ""}</div>'
+            '<div '
+            f'class="p">{plots}{shown}</div>{f"watching took {100 * self.cost:.1f} % of the time" if gone > 20 or self.done else ""}</div>'
         )
 
     def page(self)->str:
         "A whole HTML page, with everything in it"
         again = '' if self.done else '<meta http-equiv="refresh" content="5">'
-        return f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">{again}<title>{html.escape(self.title)}</title><body>{self.html()}</body></html>'
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width">{again}<title>{html.escape(self.title)}</title><body>{self.html()}</body></html>'
+        )
 
     def _draw(self, last=False):
         if self.samples is not None and (self.sampling.due or last):

@@ -40,7 +40,8 @@ from .parts import Draws, OneProcess, PlainRunner
 # %% ../nbs/14_distill.ipynb #6cf7f2f5
 @dataclass(frozen=True, kw_only=True)
 class DMD2Config:
-    "One DMD2 run; defaults are the ImageNet-64 recipe, and the brackets say from where: a section of the paper, the official code, or ours"
+    """One DMD2 run; defaults are the ImageNet-64 recipe, and the brackets say from where: a section
+    of the paper, the official code, or ours"""
     levels:tuple=(80.,)       # Generator's input levels, falling; one level is one step [code: EDM's sigma_max]
     ttur:int=5                # Iterations (fake-score updates) per generator update; 1 oscillates, 10 is slow [4.2, C]
     batch:int=280             # Samples an iteration, where no condition tells; more is calmer and slower [F.2]
@@ -50,22 +51,22 @@ class DMD2Config:
     betas_g:tuple=(0.9,0.999) # AdamW betas of the generator; (0, 0.99) reacts faster [code]
     betas_fake:tuple=(0.9,0.999) # AdamW betas of fake score and head; as above [code]
     weight_decay:float=0.01   # AdamW weight decay of all; pulls weights to 0 [code]
-    lr_warmup:int=0           # Iterations over which all rates rise linearly, for a gentle start [ours; code: 500 / number of GPUs]
-    clip:float=10.            # Gradient norm limit of the generator, and of fake score and head together; tames single batches, 0 is no limit [code]
+    lr_warmup:int=0           # Iterations over which all rates rise linearly, a gentle start [ours; code: 500 / GPUs]
+    clip:float=10.            # Limit of both gradient norms; tames single odd batches, 0 is no limit [code]
     w_dm:float=1.             # Weight of the matching loss, a mean over all elements; 0 is "GAN alone" [code]
     w_fake:float=1.           # Weight of the fake score's denoising loss; 0 leaves a plain discriminator [code]
-    gan_g:float=3e-3          # Weight of the generator's GAN loss, a mean over samples; 0 is no GAN. SDXL: 5e-3, SD1.5: 1e-3 [code]
-    gan_d:float=1e-2          # Weight of the discriminator's loss beside the denoising loss; too large spoils the fake score [code]
-    w_reg:float=0.            # Weight of the first DMD's regression loss on teacher pairs; ties the map down [4.1: dropped]
-    guidance:float=1.         # Teacher's classifier-free guidance; more is sharper and less diverse. SDXL: 8, SD1.5: 1.75 [code]
-    dm_bins:tuple=(20,980)    # Bins of 1000 noise levels for the matching loss; low ones see detail, high ones layout [code]
+    gan_g:float=3e-3          # Weight of the generator's GAN loss; 0 is no GAN. SDXL: 5e-3, SD1.5: 1e-3 [code]
+    gan_d:float=1e-2          # Weight of the discriminator's loss; too large spoils the fake score [code]
+    w_reg:float=0.            # Weight of the first DMD's regression loss on teacher pairs; ties the map [4.1: dropped]
+    guidance:float=1.         # Teacher's guidance (CFG); more is sharper, less diverse. SDXL: 8, SD1.5: 1.75 [code]
+    dm_bins:tuple=(20,980)    # Bins of 1000 levels for the matching loss; low ones see detail, high ones layout [code]
     fake_bins:tuple=(0,999)   # For the denoising loss; must cover those of the matching loss [code]
     gan_bins:tuple=(0,999)    # For the GAN, generator's and head's; low ones alone overfit [code]
-    rollout:str='sim'         # Inputs of later steps: 'sim' (backward simulation), 'real' (noised real images), 'mix' (either, by coin) [4.5]
-    warmup_fake:int=0         # Iterations without generator update at the start and when the GAN is switched on; a stale critic wrecks a warm start [code: none]
-    gan_start:int=0           # Generator updates before the GAN is switched on; it wants samples that are nearly right [F.2]
-    ema_halflife:float=200.   # Half-life of the generator's average, in generator updates; 0 is none [ours; paper: none]
-    dtype:str='auto'          # Inside networks: 'auto', 'float32', 'bfloat16', 'float16' (with loss scaling); lower is faster [ours; code: bfloat16]
+    rollout:str='sim'         # Inputs of later steps: 'sim'ulated, 'real' (noised real images), 'mix' (by coin) [4.5]
+    warmup_fake:int=0         # Iterations of the critic alone, at the start and before the GAN begins [code: none]
+    gan_start:int=0           # Generator updates before the GAN is on; it wants samples that are nearly right [F.2]
+    ema_halflife:float=200.   # Half-life of the generator's average, in its updates; 0 is none [ours; paper: none]
+    dtype:str='auto'          # In networks: 'auto', 'float32', 'bfloat16', 'float16'; lower is faster [ours; code: bfloat16]
     seed:int=10               # Names all random streams of the run [code]
 
     def __post_init__(self):
@@ -458,7 +459,8 @@ def calibrate_gan_weight(
     "GAN weight at which both gradients have the wanted ratio at the image"
     if not (dmd.gan_on and dmd.cfg.gan_g and dmd.cfg.w_dm):
         raise ValueError(
-            'one of the two gradients is off: set w_dm, gan_g and gan_d above 0, pass gan_start, and warm the head up first'
+            'one of the two gradients is off: set w_dm, gan_g and gan_d above 0, pass gan_start, '
+            'and warm the head up first'
         )
     batches = check_number('batches', batches, 1, whole=True)
     check_number('ratio', ratio, above=0)

@@ -13,7 +13,12 @@ from torch import nn, Tensor
 # %% ../nbs/24a_feature_nets.ipynb #4387afd9
 class SmallClassifier(nn.Module):
     "Convolutions, a vector, classes"
-    def __init__(self, channels=1, classes=10, width=32, dim=64): # Colours; classes; channels of the first layer; features it gives
+    def __init__(self,
+        channels=1, # Colours
+        classes=10, # Number of classes
+        width=32,   # Channels of the first layer
+        dim=64,     # Features that it gives
+    ):
         super().__init__()
         self.config = dict(channels=channels, classes=classes, width=width, dim=dim)
         w = [channels, width, 2*width, 4*width]
@@ -98,7 +103,11 @@ def _norm(n): return nn.BatchNorm2d(n, eps=1e-3)
 
 class LiteBlock(nn.Module):
     "Expand, filter each channel, project"
-    def __init__(self, a, b, kernel, stride, expand): # Channels in and out; side and stride of the depthwise filter; widening in between
+    def __init__(self,
+        a, b,           # Channels in and out
+        kernel, stride, # Side and stride of the depthwise filter
+        expand,         # Widening in between
+    ):
         super().__init__()
         w = a*expand
         if expand>1: self._expand_conv,self._bn0 = nn.Conv2d(a, w, 1, bias=False),_norm(w)

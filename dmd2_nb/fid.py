@@ -93,7 +93,8 @@ def warn_few(n, d): # Images and features
     "Say so where a covariance cannot be known"
     if n and n<d:
         warnings.warn(
-            f'{n} images for {d} features: the covariance is singular and the Fréchet distance far too large; look at KID',
+            f'{n} images for {d} features: the covariance is singular and the Fréchet distance far '
+            'too large; look at KID',
             stacklevel=4,
         )
 

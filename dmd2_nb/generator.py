@@ -68,7 +68,7 @@ class FewStepGenerator:
     @torch.no_grad()
     def sample(self,
         n:int,        # How many
-        cond=None,    # Class name or number, a list with n of them, or a ready condition with n rows; random classes when absent
+        cond=None,    # Class name or number, n of them, or a ready condition with n rows; random classes when absent
         seed:int=0,   # Same seed, same samples
         style=None,   # Style name or number, or a list with n of them
         batch:int=None, # Samples at a time; 250 on a CPU, 1000 elsewhere

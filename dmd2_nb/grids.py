@@ -102,8 +102,15 @@ class ComparisonGrid:
             + '</tr>'
             for r, t in enumerate(self.rows)
         )
-        style = 'body{font:14px sans-serif;margin:1em} img{width:100%;image-rendering:auto} .t{max-width:14em;vertical-align:top} td{vertical-align:top} th{position:sticky;top:0;background:#fff;text-align:left}'
-        return f'<!doctype html><meta charset="utf-8"><title>{e(self.title)}</title><style>{style}</style><h1>{e(self.title)}</h1><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{e(self.note)}</p>'
+        style = (
+            'body{font:14px sans-serif;margin:1em} img{width:100%;image-rendering:auto} '
+            '.t{max-width:14em;vertical-align:top} td{vertical-align:top} '
+            'th{position:sticky;top:0;background:#fff;text-align:left}'
+        )
+        return (
+            '<!doctype html><meta '
+            f'charset="utf-8"><title>{e(self.title)}</title><style>{style}</style><h1>{e(self.title)}</h1><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{e(self.note)}</p>'
+        )
 
     def save(self,
         path, # .png or .html

@@ -41,7 +41,7 @@ class Limits:
     mean:float=1.    # Mean of the samples may move away from the data's by so many of the data's standard deviations
     std:float=2.     # Standard deviation of the samples, in the data's
     d_loss:float=0.3 # Discriminator loss as a part of 2 log 2, that of guessing; below, it knows and teaches nothing
-    lag:float=1.25   # Critic's error on fresh samples over that on those it has just learnt from may grow by this factor over what is usual; by more where looks scatter or samples are few
+    lag:float=1.25   # Growth of the critic's error on fresh samples over that on those it has just learnt from
 
 # %% ../nbs/43_guards.ipynb #058eeac3
 @torch.no_grad()
@@ -211,7 +211,8 @@ class Guard:
             raise Alarm(
                 'brightness',
                 self.dmd.step,
-                f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and {s0:.3g}; try a lower lr_g or a higher ttur',
+                f'samples have mean {m:.3g} and standard deviation {s:.3g}, the data {m0:.3g} and '
+                f'{s0:.3g}; try a lower lr_g or a higher ttur',
             )
 
     def discriminator(self, new):
@@ -226,7 +227,9 @@ class Guard:
             raise Alarm(
                 'discriminator',
                 self.dmd.step,
-                f"its loss is {d:.2g}, that of guessing {2 * math.log(2):.2g} (logits {_mean(new, 'd_real'):.3g} and {_mean(new, 'd_fake'):.3g}); try a lower lr_head or gan_d",
+                f"its loss is {d:.2g}, that of guessing {2 * math.log(2):.2g} (logits "
+                f"{_mean(new, 'd_real'):.3g} and {_mean(new, 'd_fake'):.3g}); try a lower lr_head "
+                "or gan_d",
             )
 
     def critic(self):
@@ -249,7 +252,9 @@ class Guard:
             raise Alarm(
                 'critic',
                 self.dmd.step,
-                f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns from, and they part; is it given fresh ones? Try a larger batch or a lower lr_fake',
+                f'its error is {fresh:.3g} on fresh samples and {seen:.3g} on those it learns '
+                'from, and they part; is it given fresh ones? Try a larger batch or a lower '
+                'lr_fake',
             )
 
     @torch.no_grad()
@@ -284,7 +289,8 @@ class Guard:
         )
 
     def numbers(self)->dict:
-        "For a log row: how far the average is from the generator, measured every 50 iterations at most, and the critic's lag if it was looked at"
+        """For a log row: how far the average is from the generator, measured every 50 iterations at
+        most, and the critic's lag if it was looked at"""
         if not self.alone: return {}
         lag,self.lag = self.lag,None
         if self.dist is None or self.dmd.step-self.dist[0]>=5*self.every:

@@ -106,8 +106,8 @@ def good_logs(
 
 def bands(
     logs=None,   # Logs of good runs, each a list of rows; the stored ones when absent
-    margin=None, # Part of a band's width that it is wider than what was seen, on both sides; one by the number of logs when absent
-    kind=None,   # Of the stored ones those of this recipe alone, for the signals that they have, if there are at least two
+    margin=None, # Part of a band's width that is added on both sides; one by the number of logs when absent
+    kind=None,   # Of the stored ones those of this recipe, for signals that they have, if there are two or more
 )->dict: # Name -> `(low, high)`
     "Between which values good runs stay"
     if logs is None and kind is not None and len(own := good_logs(kind))>1:

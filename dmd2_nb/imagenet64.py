@@ -35,7 +35,7 @@ PAPER_RUNS = dict(
 )  # begins at iteration 405,500 of `pretrain`
 
 def imagenet64_config(
-    run:str='scratch',   # 'scratch' (GAN from the start), 'pretrain' (no GAN) or 'resume' (GAN, begins with `pretrain`'s networks)
+    run:str='scratch',   # 'scratch' (GAN from the start), 'pretrain' (no GAN) or 'resume' (GAN, after `pretrain`)
     recipe:str='paper',  # 'paper' or 'fastgen'
 )->DMD2Config:
     "One of the paper's runs on ImageNet-64 (appendix F.2), or FastGen's"
@@ -121,7 +121,7 @@ class StatsJudge:
     def __init__(self,
         features:Features, # What looks at the images; the distance is called FID for `inception()` alone
         real,              # `ImageData`
-        reference=None,    # Statistics of the real images, such as EDM's .npz; computed when first asked for when absent
+        reference=None,    # Statistics of real images, such as EDM's .npz; computed when first asked for when absent
     ):
         self.features, self.real, self._ref = (
             features,
@@ -150,7 +150,13 @@ class StatsJudge:
         "The same for n of the real images"
         return self(self.real.images[torch.randperm(len(self.real), generator=rng(seed, 79))[:n]])
 
-def paper_judge(r, data, held=None, device='cpu', reference=None): # Recipe; images and held-out ones; where to work; statistics to compare with instead
+def paper_judge(
+    r,              # Recipe
+    data,           # Its images
+    held=None,      # Images that are held out
+    device='cpu',   # Where to work
+    reference=None, # Statistics to compare with instead
+):
     "The judge of a recipe; `r.features` is a name or `Features`"
     return StatsJudge(
         feature_extractor(r.features, device) if isinstance(r.features, str) else r.features,

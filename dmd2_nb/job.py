@@ -60,7 +60,8 @@ def open_data(
     want = (args['in_channels'], args['img_resolution'], args['img_resolution'])
     if data.shape!=want:
         raise ValueError(
-            f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes {'x'.join(map(str, want))}"
+            f"{name}: images are {'x'.join(map(str, data.shape))}, the network of '{r.data}' takes "
+            f"{'x'.join(map(str, want))}"
         )
     if data.class_names and source is not None:
         data = match_classes(data, _known_classes(r), f"the network of '{r.data}'")

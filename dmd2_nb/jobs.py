@@ -279,7 +279,10 @@ def train_teacher_job(
 
 # %% ../nbs/26a_jobs.ipynb #675668a9
 COLUMNS = tuple(
-    'g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g norm_fake grad_dm grad_gan grad_cos critic_lag ema_dist'.split()
+    (
+    'g_updates dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss d_real d_fake x_mean x_std norm_g '
+    'norm_fake grad_dm grad_gan grad_cos critic_lag ema_dist'
+    ).split()
 )
 
 # %% ../nbs/26a_jobs.ipynb #177e3280

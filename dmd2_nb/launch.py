@@ -134,7 +134,8 @@ def _why(folder, lines):
 
 # %% ../nbs/36c_launch.ipynb #48449ad8
 def _start(f, n, folder, args, kwargs):
-    "In a fresh Python: one process per rank; the first that fails ends them all, and what started this one does not leave them behind"
+    """In a fresh Python: one process per rank; the first that fails ends them all, and what started
+    this one does not leave them behind"""
     import logging, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once, before the fork
     from torch.multiprocessing import start_processes
     with socket.socket() as s:

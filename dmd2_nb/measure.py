@@ -78,7 +78,7 @@ class Real:
     @classmethod
     def of(cls,
         source,         # Recipe, images, or statistics
-        features=None,  # Extractor by name; the recipe's, 'inception' for statistics, 'pixels' for other images when absent
+        features=None,  # Extractor by name; the recipe's, 'inception' for statistics, 'pixels' for others when absent
         weights=None,   # Its file
         download=False, # May its file be fetched?
         device='cpu',
@@ -157,7 +157,8 @@ def checkpoints(
     found = list((p/'checkpoints').glob('*.safetensors')) or list(p.glob('*.safetensors'))
     if len(found)<2:
         raise ValueError(
-            f'{source} has no two checkpoints to choose from (.safetensors in it or in its checkpoints/): dmd2_distill --keep-every writes them'
+            f'{source} has no two checkpoints to choose from (.safetensors in it or in its '
+            'checkpoints/): dmd2_distill --keep-every writes them'
         )
     return sorted(
         found, key=lambda o: [int(t) if t.isdigit() else t for t in re.split(r'(\d+)', o.stem)]
@@ -238,7 +239,9 @@ def measure(
     write(rows)
     if say:
         say(
-            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\nagainst {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} features; ± is one standard error (jackknife)"
+            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\nagainst "
+            f"{f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} "
+            "features; ± is one standard error (jackknife)"
         )
     return about | dict(rows=rows)
 

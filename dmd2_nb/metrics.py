@@ -76,7 +76,11 @@ def mmd(
         len(b) * 1.0,
     ).item()
 
-def mmd2_unbiased(saa, sbb, sab, n, m, daa, dbb): # Kernel sums within and between two sets, their sizes, and the sums' diagonals
+def mmd2_unbiased(
+    saa, sbb, sab, # Sums of the kernel within each set and between them
+    n, m,          # Sizes of the sets
+    daa, dbb,      # Sums of the diagonals
+):
     "From sums of the kernel within and between clouds; `daa`, `dbb` are the sums over the diagonals"
     return (saa-daa)/(n*(n-1)) + (sbb-dbb)/(m*(m-1)) - 2*sab/(n*m)
 
@@ -135,7 +139,8 @@ def feature_stats(
     return m,c.T@c/(len(f)-1)
 
 def _eigh(c, vectors=True):
-    "Eigenvalues and vectors of a covariance; where few samples leave it so degenerate that LAPACK gives up, by its singular values"
+    """Eigenvalues and vectors of a covariance; where few samples leave it so degenerate that LAPACK
+    gives up, by its singular values"""
     try: return torch.linalg.eigh(c) if vectors else (torch.linalg.eigvalsh(c), None)
     except torch.linalg.LinAlgError:
         u,s,_ = torch.linalg.svd(c)
@@ -213,7 +218,8 @@ def knn_precision_recall(
     blocks:int=10,  # Of the jackknife; 0 for no errors
     block:int=1024, # Rows of distances at a time
 )->tuple: # (precision, its error, recall, its error); errors are nan without blocks
-    "Share of samples within the reference's balls, and of the reference within the samples' (Kynkäänniemi et al., 2019)"
+    """Share of samples within the reference's balls, and of the reference within the samples'
+    (Kynkäänniemi et al., 2019)"""
     fa, fb = (
         f[torch.randperm(len(f), generator=rng(0, len(f))).to(f.device)] for f in _flat(fa, fb)
     )

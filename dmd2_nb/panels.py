@@ -151,7 +151,8 @@ def svg_points(
     clouds = [(reference, '#bbb')]*(reference is not None)+[(x, COLORS[0])]
     lim = 1.15*clouds[0][0].abs().max().item() or 1.
     out = [
-        f'<svg viewBox="0 0 {size} {size}" width="{size}" height="{size}" role="img" aria-label="samples" style="border:1px solid #ccc">'
+        f'<svg viewBox="0 0 {size} {size}" width="{size}" height="{size}" role="img" '
+        'aria-label="samples" style="border:1px solid #ccc">'
     ]
     for c,color in clouds:
         px = (
@@ -160,7 +161,8 @@ def svg_points(
             .tolist()
         )
         out.append(
-            f'<path d="{"".join(f"M{a:.1f} {b:.1f}h0" for a, b in px)}" stroke="{color}" stroke-width="2.5" stroke-linecap="round" opacity="0.6"/>'
+            f'<path d="{"".join(f"M{a:.1f} {b:.1f}h0" for a, b in px)}" stroke="{color}" '
+            'stroke-width="2.5" stroke-linecap="round" opacity="0.6"/>'
         )
     return ''.join(out)+'</svg>'
 
@@ -173,7 +175,11 @@ def img(
     t,f = tile(x, ncols),io.BytesIO()
     Image.fromarray(t.numpy()).save(f, 'png')
     zoom = max(1, 520//t.shape[1])
-    return f'<img alt="samples" width="{zoom * t.shape[1]}" style="image-rendering:pixelated;max-width:100%" src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    return (
+        f'<img alt="samples" width="{zoom * t.shape[1]}" '
+        'style="image-rendering:pixelated;max-width:100%" '
+        f'src="data:image/png;base64,{base64.b64encode(f.getvalue()).decode()}">'
+    )
 
 # %% ../nbs/40a_panels.ipynb #6528c9c6
 def figure(

@@ -57,7 +57,7 @@ class World:
 def setup(
     device=None,         # 'cpu' or 'cuda'; `default_device()` when absent
     timeout:float=600.,  # Seconds that a process waits for the others before it gives up
-    silence:float=300.,  # Seconds without a sign of life from another process until the run ends, see `Pulse`; 0 for no limit
+    silence:float=300.,  # Seconds without a sign of life from another process until the run ends; 0 for no limit
 ): # Context that gives a `World`
     "Join the run that torchrun started; without torchrun, a run of one process"
     names, device = (
@@ -70,13 +70,15 @@ def setup(
         return
     if len(here)<len(names):
         raise ValueError(
-            f"{', '.join(here)} set but not {', '.join(n for n in names if n not in here)}: start with torchrun, or unset them"
+            f"{', '.join(here)} set but not {', '.join(n for n in names if n not in here)}: start "
+            "with torchrun, or unset them"
         )
     rank,size,local = (int(os.environ[n]) for n in names[:3])
     if device.type=='cuda':
         if local>=torch.cuda.device_count():
             raise ValueError(
-                f'process {local} of this machine has no GPU: there are {torch.cuda.device_count()}, so --nproc_per_node can be no more'
+                f'process {local} of this machine has no GPU: there are '
+                f'{torch.cuda.device_count()}, so --nproc_per_node can be no more'
             )
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
@@ -95,7 +97,8 @@ def setup(
             # the group is left as it is: taking it down would wait for the process that is gone
             if lost_contact(e):
                 raise RuntimeError(
-                    f'rank {rank} stopped because another of the {size} processes died or hung; its own message says why ({str(e).splitlines()[0][:120]})'
+                    f'rank {rank} stopped because another of the {size} processes died or hung; '
+                    f'its own message says why ({str(e).splitlines()[0][:120]})'
                 ) from e
             raise
         dist.barrier()
@@ -285,7 +288,8 @@ def average_grads(
     size:int,         # Number of ranks
     bucket:int=2**25, # Numbers that travel in one message
 ):
-    "Gradients become averages over all ranks (all-reduce), in few large messages; nothing is decided by their values, so a CUDA graph can hold it"
+    """Gradients become averages over all ranks (all-reduce), in few large messages; nothing is
+    decided by their values, so a CUDA graph can hold it"""
     grads = [_as_it_lies(p.grad) for p in params if p.grad is not None]
     while grads:
         part,held = [],0

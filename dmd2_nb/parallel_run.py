@@ -61,9 +61,9 @@ class ManyProcesses(OneProcess):
         shards:int=None,    # 'fsdp': ranks that share one copy; all when absent
         accum:int=1,        # Pieces that each rank cuts its rows into, one forward and backward pass each
         remat:bool=False,   # Compute activations again instead of keeping them
-        sync_each:bool=None,# 'fsdp': gradients meet after each backward pass (less memory) or once an update; as `keep` wants it when absent
+        sync_each:bool=None, # 'fsdp': gradients meet after each backward pass or once an update; as `keep` when absent
         keep:bool=False,    # 'fsdp': fetched weights stay until they change (fewer messages, more memory)
-        weights=None,       # For networks on the meta device: `weights(part, name, shape) -> Tensor`, part 'teacher', 'G' or 'fake'
+        weights=None,       # For networks on the meta device: `weights(part, name, shape) -> Tensor`
         check_every:int=50, # Iterations between checks that the ranks agree; 0 for none
     ):
         if mode not in ('ddp','fsdp'): raise ValueError(f"mode must be ddp or fsdp, got '{mode}'")

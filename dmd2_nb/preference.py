@@ -103,7 +103,8 @@ class PairVote:
                 or o['prompt'] != self.prompts[self.pairs[o['item']][0]]
             ):
                 raise ValueError(
-                    f"{self.file} holds votes of another study: item {o['item']} compares {o['left']} with {o['right']} for '{o['prompt']}'"
+                    f"{self.file} holds votes of another study: item {o['item']} compares "
+                    f"{o['left']} with {o['right']} for '{o['prompt']}'"
                 )
         if new: write_text(self.file, ','.join(COLUMNS)+'\n')
         else:

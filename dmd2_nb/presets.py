@@ -150,7 +150,8 @@ def apply_preset(
     pipe.scheduler = getattr(diffusers, preset.scheduler).from_config(first, **preset.options)
     if hasattr(pipe, 'tokenizer_2') and pipe.tokenizer.pad_token==pipe.tokenizer_2.pad_token:
         raise ValueError(
-            f"both tokenizers pad with '{pipe.tokenizer.pad_token}': the second must come from subfolder tokenizer_2, which pads with '!'"
+            f"both tokenizers pad with '{pipe.tokenizer.pad_token}': the second must come from "
+            "subfolder tokenizer_2, which pads with '!'"
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -201,7 +202,8 @@ def open_pipeline(
         try: return f()
         except (OSError, ValueError) as e:
             raise FileNotFoundError(
-                f'{what} is neither a local folder nor in the cache ({str(e).splitlines()[0]}): give its path, or allow the download with download=True'
+                f'{what} is neither a local folder nor in the cache ({str(e).splitlines()[0]}): '
+                'give its path, or allow the download with download=True'
             ) from None
     pipe = get(
         base or preset.base, lambda: DiffusionPipeline.from_pretrained(base or preset.base, **kw)

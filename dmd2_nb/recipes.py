@@ -110,23 +110,23 @@ class Recipe:
     "What the commands know of a data set"
     data:str                # Its name in `images`
     net:dict                # Network and preconditioning, as `weights.build_denoiser` takes them
-    teacher:dict            # `train_teacher`: steps, batch, lr, halflife, label_dropout, groups, decay (share of steps over which lr falls)
+    teacher:dict            # `train_teacher`: steps, batch, lr, halflife, label_dropout, groups, decay (share of steps)
     config:DMD2Config       # Distillation
     iters:int               # Iterations of the distillation
     sampler:dict            # The teacher's path: Heun steps, and `S_churn` ... of the stochastic sampler
     features:str            # What KID and the Fréchet distance look at
     n_eval:int              # Samples for an evaluation
-    every:dict              # Distillation, iterations between two: log rows (`log`), sheets (`show`), checkpoints (`save`), evaluations (`eval`, 0 for none)
+    every:dict              # Iterations between rows (`log`), sheets (`show`), checkpoints (`save`), scores (`eval`)
     teacher_every:dict      # The same for the teacher's training, in updates
     holdout:float=0.        # Share of concepts kept from teacher, GAN and tuning
     flip:bool=False         # Mirror half of the images
     decay:float=0.          # Share of the distillation, at its end, over which all learning rates fall to a hundredth
-    four:dict=field(default_factory=dict) # What `--steps 4` changes besides the levels: fields of `config`, `iters`, `decay`
+    four:dict=field(default_factory=dict) # What `--steps 4` changes besides levels: `config`, `iters`, `decay`
     n_watch:int=500         # Samples of the evaluations on the way
     bundled:bool=True       # Whether images and teacher come along; else they have to be given
     classes:tuple=()        # Names of the classes, where the image files know none
-    conds:Callable=None     # Function (data, n) that gives the conditions of an evaluation; the data's frequencies when absent
-    judge:Callable=None     # Function (recipe, data, held, device) that gives the judge; kernel and Fréchet distance when absent
+    conds:Callable=None     # `conds(data, n)` gives an evaluation's conditions; the data's frequencies when absent
+    judge:Callable=None     # `judge(recipe, data, held, device)` measures; kernel and Fréchet distance when absent
     critic:Callable=None    # Function that makes the fake score's start out of the teacher; a copy when absent
     teacher_row:bool=True   # Whether the final table measures the teacher over all its steps
     best_row:bool=False     # Whether it also names the best evaluation on the way, labelled as such

@@ -399,4 +399,7 @@ def _ended(o):
         return 'holds a finished run' + (f' of {done} iterations' if done else '')
     if n<done:
         return f'holds a finished run of {done} iterations, {n} were asked for: nothing is changed'
-    return f'holds a finished run of {done} iterations without checkpoints (--keep-state keeps them), so it cannot go on to {n}'
+    return (
+        f'holds a finished run of {done} iterations without checkpoints (--keep-state keeps them), '
+        f'so it cannot go on to {n}'
+    )

@@ -55,7 +55,7 @@ class Pulse:
         rank:int,      # This process
         size:int,      # Of how many
         silence:float, # Seconds without a sign of life until one counts as lost; 0 for no limit
-        store,         # Function that connects to where all met; `store().add(name, n)` adds to a number and gives the sum
+        store,         # Function that connects to where all met; `store().add(name, n)` adds and gives the sum
     ):
         self.rank, self.silence, self.store, self.pause, self.over = (
             rank,
@@ -73,7 +73,8 @@ class Pulse:
     def __exit__(self, *exc): self.over.set()
 
     def tell(self):
-        "Say that this process is there, and hear of the others; when the store hangs, so does this, and all fall silent"
+        """Say that this process is there, and hear of the others; when the store hangs, so does
+        this, and all fall silent"""
         with suppress(RuntimeError):  # the store is gone
             store,heard = self.store(),{}
             while not self.over.wait(self.pause):

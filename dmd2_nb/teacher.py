@@ -282,7 +282,7 @@ def _part(state, part, source):
 # %% ../nbs/22_teacher.ipynb #b12fcf7b
 def load_edm(
     path,         # safetensors, state dict (.pt, .bin), EDM pickle (.pkl), or a folder of DMD2
-    part=None,    # Of a folder: 'generator' (default), 'teacher' or 'fake_score'; of a guidance file one of the last two
+    part=None,    # Of a folder 'generator' (default), 'teacher' or 'fake_score'; of a guidance file one of the last two
     device='cpu', # Where it works
     **kwargs,     # Constructor arguments of the network, when the file has none; ImageNet-64 when absent
 )->EDMPrecond: # float32, in eval mode

@@ -107,7 +107,8 @@ def _alike(a, b):
     "Conditions of generated and of real samples are of one kind"
     if a.shape[1:]==b.shape[1:] and a.is_floating_point()==b.is_floating_point(): return a
     raise ValueError(
-        f'conds are {tuple(a.shape)} of {a.dtype}, those of reals {tuple(b.shape)} of {b.dtype}: both must be labels, or both rows'
+        f'conds are {tuple(a.shape)} of {a.dtype}, those of reals {tuple(b.shape)} of {b.dtype}: '
+        'both must be labels, or both rows'
     )
 
 # %% ../nbs/15_train.ipynb #ca8c4430

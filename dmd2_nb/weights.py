@@ -140,7 +140,7 @@ UNUSED = ('dummy_network.',)
 def guidance_parts(
     state:dict, # State dict
     source,     # For messages
-)->dict: # Those of teacher, fake_score and head that there are, each a state dict; empty where the file holds one network
+)->dict: # Teacher, fake_score and head, those that there are, as state dicts; empty for one network
     "The networks of DMD2's guidance file, by the beginnings of their names"
     starts = GUIDANCE_PARTS
     if not any(k.startswith((starts['teacher'], starts['fake_score'])) for k in state): return {}

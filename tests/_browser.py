@@ -74,7 +74,10 @@ class Page:
 
     def click(self, code):
         "A click of the mouse into the middle of the element that the expression gives"
-        x, y = self.js(f'(()=>{{const e={code}; e.scrollIntoView({{block:"center"}}); const r=e.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2]}})()')
+        x, y = self.js(
+            f'(()=>{{const e={code}; e.scrollIntoView({{block:"center"}}); const '
+            f'r=e.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2]}})()'
+        )
         self.call('Input.dispatchMouseEvent', type='mouseMoved', x=x, y=y)
         for kind in ('mousePressed', 'mouseReleased'): self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
 
@@ -100,7 +103,8 @@ def chromium(tmp, width=1400, height=1000):
 
 @contextlib.contextmanager
 def jupyterlab(tmp, folder, **env):
-    "Address of a JupyterLab on loopback that shows `folder` and keeps its own settings in `tmp`; `{}` in it takes a path"
+    """Address of a JupyterLab on loopback that shows `folder` and keeps its own settings in `tmp`;
+    `{}` in it takes a path"""
     tmp, port, token = Path(tmp), free_port(), 'dmd2'
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings = tmp/'settings'/'@jupyterlab'
@@ -121,15 +125,24 @@ def jupyterlab(tmp, folder, **env):
         yield f'http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset'
 
 
-prompts = '[...document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell .jp-InputPrompt")].map(o=>o.textContent.trim())'
+prompts = (
+    '[...document.querySelectorAll(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell '
+    '.jp-InputPrompt")].map(o=>o.textContent.trim())'
+)
 
 
 def open_notebook(page, url):
     "Wait until the notebook is there and its kernel waits for work"
     page.go(url)
     page.wait('!!document.querySelector(".jp-NotebookPanel .jp-CodeCell")', 180, 'the notebook is shown')
-    page.wait('[...document.querySelectorAll(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator")].some(o=>o.dataset.status=="idle")', 180, 'its kernel is idle')
-    page.wait('fetch("/api/kernels").then(r=>r.json()).then(k=>k.some(o=>o.execution_state=="idle" && o.connections>0))', 180, 'its kernel is connected')
+    page.wait((
+        '[...document.querySelectorAll(".jp-NotebookPanel '
+        '.jp-Notebook-ExecutionIndicator")].some(o=>o.dataset.status=="idle")'
+    ), 180, 'its kernel is idle')
+    page.wait((
+        'fetch("/api/kernels").then(r=>r.json()).then(k=>k.some(o=>o.execution_state=="idle" && '
+        'o.connections>0))'
+    ), 180, 'its kernel is connected')
 
 
 def menu(page, *items):
@@ -148,7 +161,10 @@ def run_all(page, seconds=600, look=lambda: None):
         look()
         now = page.js(prompts)
         if any('*' in o for o in now): return False
-        errors = page.js('[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback (most recent call last)"))')
+        errors = page.js(
+            '[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback '
+            '(most recent call last)"))'
+        )
         if errors or all(any(c.isdigit() for c in o) for o in now): return [errors]
         if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Restart Kernel?"
         elif time.monotonic() > tried[-1]+60:  # the first time, or what was asked for got lost; a restart waits for the kernel

@@ -1,4 +1,5 @@
-"A runner that does on a CPU what `GraphRunner` does on a GPU: run a few times, record, then replay without asking Python anything"
+"""A runner that does on a CPU what `GraphRunner` does on a GPU: run a few times, record, then
+replay without asking Python anything"""
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -149,7 +149,8 @@ def maps():
 
 
 def networks():
-    "Blocks and whole networks on the fused path, against the plain one: results, gradients of the input and of every weight"
+    """Blocks and whole networks on the fused path, against the plain one: results, gradients of the
+    input and of every weight"""
     res = {}
     K.fusable = blocks.fusable = lambda x: K.fused.on
     names = set()
@@ -228,7 +229,8 @@ def networks():
 
 
 def compiled():
-    "Each kernel compiled for compute capability 9.0, with half-precision maps; no card is needed. Bytes of machine code"
+    """Each kernel compiled for compute capability 9.0, with half-precision maps; no card is needed.
+    Bytes of machine code"""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
     res = {}

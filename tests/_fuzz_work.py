@@ -14,7 +14,8 @@ from dmd2_nb.teacher import load_edm
 from dmd2_nb.unet import ADMUNet
 
 def most():
-    "Most memory of this process so far, KiB; Linux's getrusage also counts what the parent had when it started this one"
+    """Most memory of this process so far, KiB; Linux's getrusage also counts what the parent had
+    when it started this one"""
     try:
         return int(
             next(

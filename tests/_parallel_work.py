@@ -215,7 +215,8 @@ def two_ranks(folder):
 
 
 def sdxl(folder, kinds):
-    "Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles and mode; then one process goes on where the ranks stopped"
+    """Tiny SDXL: how far a run over all ranks is from the same run in one process, by kind of roles
+    and mode; then one process goes on where the ranks stopped"""
     from dmd2_nb.sdxl.adapter import TINY_SDXL, EpsDenoiser, make_unet
     from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
     from dmd2_nb.sdxl.recipe import distill_sdxl, sdxl_config, sdxl_dmd2
@@ -294,7 +295,8 @@ def meta(world):
 
 
 def low_precision(world):
-    "Steps in bfloat16 and, with loss scaling, in float16: largest difference from one process, and whether ranks keep equal scales"
+    """Steps in bfloat16 and, with loss scaling, in float16: largest difference from one process,
+    and whether ranks keep equal scales"""
     res = {}
     torch.set_default_dtype(torch.float32)
     for name in ('bfloat16', 'float16'):
@@ -445,7 +447,8 @@ def listened(f):
 
 
 def replayed(folder):
-    "Two processes, plain and replayed: gaps between them, and from one process; the order of collectives; on from each other's checkpoints"
+    """Two processes, plain and replayed: gaps between them, and from one process; the order of
+    collectives; on from each other's checkpoints"""
     from _echo import EchoRunner, SeenByMany
     torch.set_default_dtype(torch.float64)
     pairs = replace(cfg, w_reg=0.5, ttur=1)

@@ -162,7 +162,8 @@ def rate(rep, args):
     )
 
 def work(rep, args):
-    "Samples; fake score there and back; encoder and head on real and fake; every fifth time teacher, fake score, GAN and the generator's way back"
+    """Samples; fake score there and back; encoder and head on real and fake; every fifth time
+    teacher, fake score, GAN and the generator's way back"""
     f,e,h = flops(args)
     rep.iteration,rep.image = (4*f + 6*(e+h) + (4*f + 2*(e+h))/5)*args.batch/1e12,f/1e12
     rep.add(
@@ -258,7 +259,8 @@ def kernel_errors(rep, args):
             )
 
 def network_error(rep, args):
-    "Forwards at three levels, the bottleneck, and the gradient of all weights: fast bf16 and plain bf16 against float32"
+    """Forwards at three levels, the bottleneck, and the gradient of all weights: fast bf16 and
+    plain bf16 against float32"""
     n = 4 if args.tiny else 16
     D = network(args)
     z,y = draws(D, n, 0)
@@ -358,7 +360,8 @@ def stream(args, shape=None):
         yield y if x is None else (x, y)
 
 def training(rep, args, kind='graphed'):
-    "ms an iteration over whole 1:5 cycles, and memory: of eager warm-up calls, while a graph is captured, and replaying"
+    """ms an iteration over whole 1:5 cycles, and memory: of eager warm-up calls, while a graph is
+    captured, and replaying"""
     quick()
     fused(kind!='plain')
     clean()
@@ -367,7 +370,8 @@ def training(rep, args, kind='graphed'):
     peaks = dict(eager=0, capture=0)
     if kind=='graphed' and CUDA:
         class Watched(graphs_CudaGraph):
-            "Peaks of the calls before and at the capture: its allocations are counted while it is recorded, not when it is replayed"
+            """Peaks of the calls before and at the capture: its allocations are counted while it is
+            recorded, not when it is replayed"""
             def __call__(self, *a):
                 if self.graph is not None: return super().__call__(*a)
                 k = 'eager' if self.calls<self.warmup else 'capture'
@@ -429,7 +433,8 @@ def training(rep, args, kind='graphed'):
     )
 
 def emoji(rep, args, together=(1, 2, 4)):
-    "The 32x32 network of the emoji recipe, random weights and images: ms an iteration of each kind, alone and when several runs share the card"
+    """The 32x32 network of the emoji recipe, random weights and images: ms an iteration of each
+    kind, alone and when several runs share the card"""
     quick()
     fused(True)
     r = recipe('emoji32')

@@ -91,8 +91,10 @@ class Report:
             )
 
 NOTE = (
-    "Inception statistics of random pictures with random weights of the published layout: ours (features.inception, fid.Stats) and torch-fidelity's "
-    "own pass, the same file and batch, in turn on one card. ratio is ours over theirs, the median of each. Written by tests/gpu_eval.py."
+    "Inception statistics of random pictures with random weights of the published layout: ours "
+    "(features.inception, fid.Stats) and torch-fidelity's "
+    "own pass, the same file and batch, in turn on one card. ratio is ours over theirs, the median "
+    "of each. Written by tests/gpu_eval.py."
 )
 
 def random_weights(path):

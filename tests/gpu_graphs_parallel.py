@@ -318,7 +318,10 @@ def worker(a):
                         name=what,
                         ranks=n,
                         rank=w.rank,
-                        error=f'{type(e).__name__}: {" ".join(str(e).split())[:300]} ({Path(at.filename).name}:{at.lineno})',
+                        error=(
+                            f'{type(e).__name__}: {" ".join(str(e).split())[:300]} '
+                            f'({Path(at.filename).name}:{at.lineno})'
+                        ),
                         trace=traceback.format_exc()[-1500:],
                     )
                 ),

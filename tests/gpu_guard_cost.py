@@ -122,7 +122,8 @@ class Turns:
 
 
 def alike(a, new, n):
-    "Whether a run that is watched for `n` iterations has the weights of one that is not, bit by bit; and how many looks at the critic there were"
+    """Whether a run that is watched for `n` iterations has the weights of one that is not, bit by
+    bit; and how many looks at the critic there were"""
     torch.use_deterministic_algorithms(True, warn_only=True)
     nets, guard = [], None
     for watched in (False, True):
@@ -142,7 +143,8 @@ def alike(a, new, n):
 
 
 def hooks(a, new):
-    "Time of one run: of its training, and of what watching consists of. The median over blocks of `length` iterations; the first drawing and the last are left out"
+    """Time of one run: of its training, and of what watching consists of. The median over blocks of
+    `length` iterations; the first drawing and the last are left out"""
     (dmd, conds, reals, ref, every), n, clock, at = (
         new(),
         a.length * a.rounds,
@@ -262,7 +264,8 @@ def main(a):
     def new(): return toy(device, graph) if a.recipe == 'toy' else images(a.recipe, device, graph)
     unchanged, looks = alike(a, new, a.check)
     print(
-        f'watched for {a.check} iterations, with {looks} looks at the critic: same weights {unchanged}; {time.perf_counter() - begun:.0f} s',
+        f'watched for {a.check} iterations, with {looks} looks at the critic: same weights '
+        f'{unchanged}; {time.perf_counter() - begun:.0f} s',
         flush=True,
     )
     res = dict(
@@ -285,14 +288,17 @@ def main(a):
         + '\n'
     )
     print(
-        f"{a.recipe}, batch {res['batch']}, {res['device']}, {'CUDA graphs' if graph else 'plain'}, torch {res['torch']}; {res['iterations']} iterations; {res['seconds']:.0f} s in all"
+        f"{a.recipe}, batch {res['batch']}, {res['device']}, "
+        f"{'CUDA graphs' if graph else 'plain'}, torch {res['torch']}; {res['iterations']} "
+        f"iterations; {res['seconds']:.0f} s in all"
     )
     for k, v in res['ms'].items(): print(f"{WORDS[k]:34} {v:8.3f} ms an iteration")
     for k, v in res['share'].items():
         print(
             f"{WORDS[k]:34} {100 * v:8.2f} % of the run's time"
             + (
-                f" (middle half of the rounds {100 * res['quartiles'][k][0]:.2f} to {100 * res['quartiles'][k][1]:.2f} %)"
+                f" (middle half of the rounds {100 * res['quartiles'][k][0]:.2f} to "
+                f"{100 * res['quartiles'][k][1]:.2f} %)"
                 if k in res.get('quartiles', ())
                 else ''
             )

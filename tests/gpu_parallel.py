@@ -70,7 +70,8 @@ def small(e): return f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
 
 
 def timed(dmd, stream, cycles, w, rows=None, cycle_end=0., together=True):
-    "Seconds an iteration over whole 1:ttur cycles, nothing waited for inside a cycle; a list of one number a cycle, and the last log"
+    """Seconds an iteration over whole 1:ttur cycles, nothing waited for inside a cycle; a list of
+    one number a cycle, and the last log"""
     out, last = [], {}
     for _ in range(cycles):
         sync(w)
@@ -106,7 +107,8 @@ def network(a, device):
 
 
 def labelled(a, w, batch, like=None):
-    "Streams for `train`, drawn from the position for the whole batch, cut for this process; `like` is the shape of a sample and the number of classes"
+    """Streams for `train`, drawn from the position for the whole batch, cut for this process;
+    `like` is the shape of a sample and the number of classes"""
     (shape, classes), n, at = like or dmd_shape(network, a), batch//w.size, itertools.count()
     def stream(steps, start=None):
         idx = (
@@ -370,7 +372,8 @@ def sdxl_lean(a, w, rows):
 
 
 def adapters(a, w, rows):
-    "Generator and fake score as adapters on one frozen base per GPU, recorded passes, gradients of adapters and head alone travelling; one GPU while the others wait, then all"
+    """Generator and fake score as adapters on one frozen base per GPU, recorded passes, gradients
+    of adapters and head alone travelling; one GPU while the others wait, then all"""
     from dmd2_nb.sdxl.adapter import EpsDenoiser, make_unet
     from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids
     from dmd2_nb.sdxl.recipe import sdxl_dmd2, sdxl_lora_config
@@ -648,13 +651,17 @@ def notebook(a, w, rows):
 
 
 def hung(a, w, rows):
-    "`dmd2_distill --nproc N` with a process that stands still: the command ends by itself, and the same command goes on"
+    """`dmd2_distill --nproc N` with a process that stands still: the command ends by itself, and
+    the same command goes on"""
     n, silence, folder = (
         2 if w.device.type == 'cpu' else torch.cuda.device_count(),
         10,
         Path(tempfile.mkdtemp()),
     )
-    words = f'distill fashion16 --device {w.device.type} --features pixels --batch 8 --eval-n 8 --eval-every 0 --save-every 50 --nproc {n} --silence {silence}'
+    words = (
+        f'distill fashion16 --device {w.device.type} --features pixels --batch 8 --eval-n 8 '
+        f'--eval-every 0 --save-every 50 --nproc {n} --silence {silence}'
+    )
     words += f' --iters {400 if a.tiny else 20000} --set warmup_fake=4 --set gan_start=3'
     log = folder/'runs'/'fashion16-1'/'log.csv'
     def done():
@@ -897,11 +904,13 @@ def table(rows):
     gib = lambda r: ' '.join(f'{v:.1f}' for v in r.get('peak_gib') or []) or '-'
     print('\nSDXL, three whole networks, 1024 px')
     print(
-        f"{'GPUs':>5}{'batch each':>11}{'optimiser':>11}{'iterations':>11}{'s/iteration':>12}{'images/s':>9}  peak GiB of each"
+        f"{'GPUs':>5}{'batch each':>11}{'optimiser':>11}{'iterations':>11}{'s/iteration':>12}{'images/s':>9} "
+        " peak GiB of each"
     )
     for r in of('sdxl'):
         print(
-            f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f}  {gib(r)}{'' if r['finite'] else '  NOT FINITE'}"
+            f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f} "
+            f" {gib(r)}{'' if r['finite'] else '  NOT FINITE'}"
         )
     for r in of('no room'):
         print(
@@ -910,24 +919,34 @@ def table(rows):
     print('Copies')
     for r in of('graphs'):
         print(
-            f"  {r['name']} as graphs: one {r['one_ms']:.2f} ms, {r['ranks']} at the same batch each {r['each_ms']:.2f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}); at the same batch in all {r['same_ms']:.2f} ms"
+            f"  {r['name']} as graphs: one {r['one_ms']:.2f} ms, {r['ranks']} at the same batch "
+            f"each {r['each_ms']:.2f} ms, efficiency {r['efficiency']:.3f} (goal {r['goal']}: "
+            f"{'yes' if r['ok'] else 'no'}); at the same batch in all {r['same_ms']:.2f} ms"
         )
     for r in of('adapters'):
         print(
-            f"SDXL, {r['name']}: one {r['one_s']:.3f} s, {r['ranks']} {r['all_s']:.3f} s, efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), {r['gradients_gb']:.2f} GB of gradients, peak GiB {gib(r)}"
+            f"SDXL, {r['name']}: one {r['one_s']:.3f} s, {r['ranks']} {r['all_s']:.3f} s, "
+            f"efficiency {r['efficiency']:.3f} (goal {r['goal']}: {'yes' if r['ok'] else 'no'}), "
+            f"{r['gradients_gb']:.2f} GB of gradients, peak GiB {gib(r)}"
         )
     for r in of('hung'):
         print(
-            f"A process that stands still: the command ended after {r['seconds']:.1f} s with {r['code']} ({r['said']}), the same command went on from {r['at']} to {r['went_on_to']}: {'yes' if r['ok'] else 'no'}"
+            f"A process that stands still: the command ended after {r['seconds']:.1f} s with "
+            f"{r['code']} ({r['said']}), the same command went on from {r['at']} to "
+            f"{r['went_on_to']}: {'yes' if r['ok'] else 'no'}"
         )
     print('Saved and resumed by another number')
     for r in of('resume'):
         print(
-            f"  {r['name']}, {r['way']}: largest relative gap of a loss {r['loss_gap']:.2e}, bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} (at most 2: {'yes' if r['ok'] else 'no'})"
+            f"  {r['name']}, {r['way']}: largest relative gap of a loss {r['loss_gap']:.2e}, "
+            f"bf16's own error {r['bf16_error']:.2e}, largest ratio of the two {r['ratio']:.2f} "
+            f"(at most 2: {'yes' if r['ok'] else 'no'})"
         )
     for r in of('launch'):
         print(
-            f"Started as from a notebook, {r['name']}: {r['ranks']} processes on {', '.join(r['devices'])}, losses off one process's by {r['loss_gap']:.1e} ({'yes' if r['ok'] else 'no'})"
+            f"Started as from a notebook, {r['name']}: {r['ranks']} processes on "
+            f"{', '.join(r['devices'])}, losses off one process's by {r['loss_gap']:.1e} "
+            f"({'yes' if r['ok'] else 'no'})"
         )
     for r in of('failed')+of('left out'):
         print(f"  {r['what']}: {r['part']} {r['name']}: {r['error'][:200]}")

@@ -18,7 +18,8 @@ from dmd2_nb.recipes import recipe
 
 
 def job(folder, a, graph):
-    "One run, or the rest of it; what PyTorch says of operations that are not deterministic, and the card's name, go to facts.json"
+    """One run, or the rest of it; what PyTorch says of operations that are not deterministic, and
+    the card's name, go to facts.json"""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(1)
     r = recipe('fashion16')
@@ -204,15 +205,19 @@ def main(a):
     (Path(a.out)/'resume_gpu.json').write_text(json.dumps(res, indent=1)+'\n')
     for n, text in res['errors'].items(): print(f'{n} failed: {text}')
     print(
-        f"{res['device']}, torch {res['torch']}, {a.iters} iterations, a checkpoint every {a.save}; {res['seconds']:.0f} s in all"
+        f"{res['device']}, torch {res['torch']}, {a.iters} iterations, a checkpoint every "
+        f"{a.save}; {res['seconds']:.0f} s in all"
     )
     for m, o in res['runs'].items():
         print(
-            f"{m:7} two unbroken runs agree: {o['unbroken_agree']}; sha256 {str(o['sha256'])[:16]}; {o['seconds']} s a run; operations said not to be deterministic: {len(o['not_deterministic'] or ())}"
+            f"{m:7} two unbroken runs agree: {o['unbroken_agree']}; sha256 "
+            f"{str(o['sha256'])[:16]}; {o['seconds']} s a run; operations said not to be "
+            f"deterministic: {len(o['not_deterministic'] or ())}"
         )
         for k in o['killed']:
             print(
-                f"{'':7} killed at iteration {k['iteration']:4}, went on from {k['at']}: {'same bits' if k['same'] else 'OTHER BITS' if k['went_on'] == 0 else 'did not end'}"
+                f"{'':7} killed at iteration {k['iteration']:4}, went on from {k['at']}: "
+                f"{'same bits' if k['same'] else 'OTHER BITS' if k['went_on'] == 0 else 'did not end'}"
             )
     good = all(
         o['unbroken_agree'] and o['killed'] and all(k['same'] for k in o['killed'])

@@ -341,7 +341,8 @@ def replay_seconds(roles, runner, sync, n=3):
             for _ in range(n): f()
             sync()
             res[
-                f"{names[id(p.net)]} {p.kind} {len(p.x)}{' to x' * (want[:1] == (True,))}{' to weights' * (want[1:] == (True,))}"
+                f"{names[id(p.net)]} {p.kind} "
+                f"{len(p.x)}{' to x' * (want[:1] == (True,))}{' to weights' * (want[1:] == (True,))}"
             ] = (time.perf_counter() - t) / n
     return res
 
@@ -398,7 +399,8 @@ def check(device):
 
 
 def predict(names):
-    "Plans of the rows, written before anything is measured; for a row measured already, under `again`, beside what was predicted then"
+    """Plans of the rows, written before anything is measured; for a row measured already, under
+    `again`, beside what was predicted then"""
     known = {r['row'] for r in json.loads(LOG.read_text())['rows']} if LOG.is_file() else set()
     for n in names:
         t = time.perf_counter()
@@ -447,9 +449,12 @@ def line(r):
     if r['row'] == 'check':
         return ' '.join(f'{k}={r[k]}' for k in r if k not in ('row', 'card', 'torch', 'trace'))
     return (
-        f"{r.get('iterations', 0)} iterations, {r.get('s_per_iteration') or float('nan'):.3f} s each (best cycle {r.get('s_best_cycle') or float('nan'):.3f}), "
-        f"allocated {gib(r.get('peak_allocated'))}, reserved {gib(r.get('peak_reserved'))} GiB, recorded {r.get('recorded', '-')}, finite {r.get('finite')}, "
-        f"imports {r.get('imports_s', 0):.0f} s, built {r.get('built_s', 0):.0f} s, warm-up {r.get('warmup_s', 0):.0f} s, row {r.get('total_s', 0):.0f} s"
+        f"{r.get('iterations', 0)} iterations, {r.get('s_per_iteration') or float('nan'):.3f} s "
+        f"each (best cycle {r.get('s_best_cycle') or float('nan'):.3f}), "
+        f"allocated {gib(r.get('peak_allocated'))}, reserved {gib(r.get('peak_reserved'))} GiB, "
+        f"recorded {r.get('recorded', '-')}, finite {r.get('finite')}, "
+        f"imports {r.get('imports_s', 0):.0f} s, built {r.get('built_s', 0):.0f} s, warm-up "
+        f"{r.get('warmup_s', 0):.0f} s, row {r.get('total_s', 0):.0f} s"
         + ''.join(
             f"; {k}: {r[k]}" for k in ('not_recorded', 'not_finite', 'scales', 'error') if r.get(k)
         )

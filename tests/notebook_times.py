@@ -83,19 +83,40 @@ def gpu_rows():
     emoji = (root/'data'/'runs'/'emoji32_teacher.csv').read_text().split()[-1].split(',')
     card = next(o['name'] for o in edm if o['what'] == 'card')
     step = next(o for o in edm if o['what'] == 'train' and o['name'] == 'graphed')
-    yield f'| [26](nbs/26_emoji_dmd2.ipynb), teacher of emoji32 | all of it | {float(emoji[2]) / 60:.1f} min | H100, then H200 |'
+    yield (
+        '| [26](nbs/26_emoji_dmd2.ipynb), teacher of emoji32 | all of it | '
+        f'{float(emoji[2]) / 60:.1f} min | H100, then H200 |'
+    )
     small, one = read('mini_teacher'), read('emoji32_long')['long']
-    yield f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in one step | all of it, {one["g_updates"]:,} generator updates | {one["seconds"] / 60:.1f} min | {one["card"].removeprefix("NVIDIA ")} |'
+    yield (
+        f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in one step | all of it, {one["g_updates"]:,} '
+        f'generator updates | {one["seconds"] / 60:.1f} min | '
+        f'{one["card"].removeprefix("NVIDIA ")} |'
+    )
     four = read('emoji32_four')['slower']
-    yield f'| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in four steps | all of it, {four["g_updates"]:,} generator updates; seconds alone on the card | {four["seconds"] / 60:.1f} min | {four["card"].removeprefix("NVIDIA ")} |'
-    yield f'| [39](nbs/39_mini_sdxl.ipynb), teacher of the small SDXL | all of it | {small["seconds"] / 60:.1f} min | {small["device"].removeprefix("NVIDIA ")} |'
-    yield f'| [23](nbs/23_imagenet64.ipynb), ImageNet-64, batch {step["batch"]} | one iteration, mean over a cycle of five | {step["ms"] / 1000:.2f} s | {card} |'
+    yield (
+        '| [26](nbs/26_emoji_dmd2.ipynb), emoji32 in four steps | all of it, '
+        f'{four["g_updates"]:,} generator updates; seconds alone on the card | '
+        f'{four["seconds"] / 60:.1f} min | {four["card"].removeprefix("NVIDIA ")} |'
+    )
+    yield (
+        '| [39](nbs/39_mini_sdxl.ipynb), teacher of the small SDXL | all of it | '
+        f'{small["seconds"] / 60:.1f} min | {small["device"].removeprefix("NVIDIA ")} |'
+    )
+    yield (
+        f'| [23](nbs/23_imagenet64.ipynb), ImageNet-64, batch {step["batch"]} | one iteration, '
+        f'mean over a cycle of five | {step["ms"] / 1000:.2f} s | {card} |'
+    )
     for name, what in (
         ('bf16', 'one iteration within 14 GiB'),
         ('speed', 'one iteration, memory as it likes'),
     ):
         o = next(o for o in sdxl if o['row'] == name)
-        yield f'| [32](nbs/32_sdxl.roles.ipynb), SDXL at 1024 pixels | {what} ({o["peak_allocated"] / 2**30:.1f} GiB) | {o["s_per_iteration"]:.2f} s | {o["card"]} |'
+        yield (
+            f'| [32](nbs/32_sdxl.roles.ipynb), SDXL at 1024 pixels | {what} '
+            f'({o["peak_allocated"] / 2**30:.1f} GiB) | {o["s_per_iteration"]:.2f} s | {o["card"]} '
+            '|'
+        )
 
 
 def tables(m):

@@ -1,4 +1,5 @@
-"What is written appears whole or not at all, and what is not whole is named: files, folders, checkpoints, of one process and of many"
+"""What is written appears whole or not at all, and what is not whole is named: files, folders,
+checkpoints, of one process and of many"""
 import errno, json, os, re, subprocess, sys
 from pathlib import Path
 
@@ -305,7 +306,8 @@ def many(n=0):
 @posix
 @pytest.mark.parametrize('how', ['one', 'many'])
 def test_killed_between_two_renames(tmp_path, how):
-    "The old checkpoint has no name at that moment; the same path finds it again, and the next save keeps it until it is done"
+    """The old checkpoint has no name at that moment; the same path finds it again, and the next
+    save keeps it until it is done"""
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(root), *filter(None, sys.path)]))
     r = subprocess.run(
         [sys.executable, '-c', kill, str(tmp_path / 'state'), how, str(Path(__file__).parent)],
@@ -545,7 +547,8 @@ def test_the_generator_is_saved_once(tmp_path, make):
 
 
 def test_with_and_without_an_average(tmp_path):
-    "A run saved without one begins it at the generator, and says so; one saved with it lets it go. The rest of the config still has to agree"
+    """A run saved without one begins it at the generator, and says so; one saved with it lets it
+    go. The rest of the config still has to agree"""
     for there, here in ((0., 5.), (5., 0.), (5., 9.)):
         dmd, other = toy(ema_halflife=there), toy(ema_halflife=here)
         go(dmd, 4)

@@ -1,4 +1,5 @@
-"JupyterLab in a real browser: all cells of a lesson, the progress bar and the final picture; the ballot of the user study, clicked"
+"""JupyterLab in a real browser: all cells of a lesson, the progress bar and the final picture; the
+ballot of the user study, clicked"""
 import csv, importlib.util, json, os, re
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def saved_as(page, path):
 
 
 def test_lesson_runs_from_top_to_bottom(lab, page):
-    "17_toy_dmd2: its progress bar moves while its cells run, its panels are drawn live, its last picture appears, no cell fails"
+    """17_toy_dmd2: its progress bar moves while its cells run, its panels are drawn live, its last
+    picture appears, no cell fails"""
     url, tmp, shots = lab
     n = stripped('17_toy_dmd2.ipynb', tmp/'nbs')
     open_notebook(page, url.format('17_toy_dmd2.ipynb'))
@@ -101,7 +103,8 @@ def test_lesson_runs_from_top_to_bottom(lab, page):
 
 
 def test_ballot_takes_votes(lab, page):
-    "41_preference: two pictures; clicks on two answers and the button are one line in the file; the models' names are not in the page"
+    """41_preference: two pictures; clicks on two answers and the button are one line in the file;
+    the models' names are not in the page"""
     url, tmp, shots = lab
     stripped('41_preference.ipynb', tmp/'nbs')
     add = "import os\nstudy = PairVote(few, prompts[:4], os.environ['VOTES'], voter='browser', votes=1)\nballot(study)"
@@ -118,7 +121,8 @@ def test_ballot_takes_votes(lab, page):
     assert not errors, errors
     box = '[...document.querySelectorAll(".widget-vbox")].at(-1)'
     page.wait(
-        f'(b=>b && b.querySelectorAll("img").length==2 && [...b.querySelectorAll("img")].every(o=>o.complete && o.naturalWidth>100))({box})',
+        '(b=>b && b.querySelectorAll("img").length==2 && '
+        f'[...b.querySelectorAll("img")].every(o=>o.complete && o.naturalWidth>100))({box})',
         120,
         'two pictures',
     )

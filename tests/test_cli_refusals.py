@@ -277,7 +277,8 @@ def unbroken(ends, line, file):
 
 @pytest.mark.parametrize('line, file, run', [(good, 'generator.safetensors', 'fashion16-1'), (train, 'teacher.safetensors', 'fashion16-teacher-1')])
 def test_full_in_the_middle_then_room_again(line, file, run, here, capsys, no_pictures, ends):
-    "The first checkpoint does not fit: the run stays unfinished and whole, and the same command ends it as if nothing had been"
+    """The first checkpoint does not fit: the run stays unfinished and whole, and the same command
+    ends it as if nothing had been"""
     end = unbroken(ends, line, file)
     folder = here/'runs'/run
     full(line, 2500, capsys, f'runs/{run}/state', 'untouched')
@@ -297,7 +298,8 @@ places = {  # what is written -> where the disk is full, and from which byte on
 
 @pytest.mark.parametrize('file', places)
 def test_full_anywhere(file, here, capsys, ends, monkeypatch):
-    "Whatever does not fit: what is there is whole, the run is not called finished, and the same command goes on to the same end"
+    """Whatever does not fit: what is there is whole, the run is not called finished, and the same
+    command goes on to the same end"""
     end, folder = unbroken(ends, good, 'generator.safetensors'), here/'runs'/'fashion16-1'
     where, name, size = places[file]
     f = getattr(where, name)
@@ -411,7 +413,8 @@ def interrupt(monkeypatch, at, name='train', when=KeyboardInterrupt):
 @pytest.mark.parametrize('options', ['', ' --name mine'])
 @pytest.mark.parametrize('line, file, loop', [(good, 'generator.safetensors', 'train'), (train, 'teacher.safetensors', 'train_teacher')])
 def test_unfinished_goes_on(line, file, loop, options, here, capsys, no_pictures, ends, monkeypatch):
-    "Stopped after the checkpoint at 3 and again after the one at 6, the run ends with the weights of an unbroken one, bit by bit"
+    """Stopped after the checkpoint at 3 and again after the one at 6, the run ends with the weights
+    of an unbroken one, bit by bit"""
     end = unbroken(ends, line, file)
     for at in (5, 4):
         with monkeypatch.context() as m:
@@ -484,7 +487,8 @@ def test_whole_run(here, capsys):
 
 
 def test_sweep(here, capsys):
-    "Checkpoints on the way, all measured, the chosen one and the last one again with a fresh seed; what is there is not measured again"
+    """Checkpoints on the way, all measured, the chosen one and the last one again with a fresh
+    seed; what is there is not measured again"""
     assert call(good+' --keep-every 4') == 0
     assert [p.name for p in sorted(Path('runs/fashion16-1/checkpoints').iterdir())] == ['000004.safetensors', '000008.safetensors', '000009.safetensors']
     line = 'evaluate runs/fashion16-1 --sweep --data ../f/good.npz --n 12 --seeds 3,4'

@@ -32,7 +32,10 @@ class Colour(nn.Module):
     ('a.json', '["x", "y"]', ['x', 'y']),
     ('a.csv', 'id,caption\n1,"a, b"\n2,c\n', ['a, b', 'c']),
     ('a.tsv', 'Prompt\tCategory\nA fox\tx\n', ['A fox']),
-    ('a.json', '{"annotations": [{"id": 2, "image_id": 7, "caption": "late"}, {"id": 1, "image_id": 7, "caption": "early"}]}', ['early']),
+    ('a.json', (
+        '{"annotations": [{"id": 2, "image_id": 7, "caption": "late"}, {"id": 1, "image_id": 7, '
+        '"caption": "early"}]}'
+    ), ['early']),
 ])
 def test_prompt_files(tmp_path, name, text, want):
     (tmp_path/name).write_text(text)

@@ -1,4 +1,5 @@
-"What a user can cause ends in one line and exit code 2; what only the program can cause shows itself; pictures never cost a run"
+"""What a user can cause ends in one line and exit code 2; what only the program can cause shows
+itself; pictures never cost a run"""
 import json, os, subprocess, sys, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -181,10 +182,12 @@ def test_npz_whose_images_are_no_array(what, here, capsys):
 class NoRoom:
     "Words with which PyTorch, NumPy and the system say that there is none"
     cuda = torch.OutOfMemoryError(
-        'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is free.'
+        'CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.56 GiB '
+        'of which 1.2 GiB is free.'
     )
     cpu = RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
     )
     driver = RuntimeError(
         'CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported'

@@ -80,7 +80,8 @@ def wordless(source):
 def test_wordless_sees():
     found = list(
         wordless(
-            'def f(a, b): # both\n    "Doc"\ndef g(\n    a, # one\n    b,\n): "Doc"\nclass C:\n    def __init__(self, x): self.x = x\ndef _h(a): pass\n'
+            'def f(a, b): # both\n    "Doc"\ndef g(\n    a, # one\n    b,\n): "Doc"\nclass C:\n    '
+            'def __init__(self, x): self.x = x\ndef _h(a): pass\n'
             '@dataclass\nclass D:\n    "Doc"\n    x:int=1\n    y:int=2 # said\n'
         )
     )

@@ -42,7 +42,8 @@ def fresh(kind):
 
 @pytest.mark.parametrize('kind', nets)
 def test_resume(kind, tmp_path):
-    "Stopped and gone on equals unbroken to the last bit, with dropout in the network and the global random state disturbed"
+    """Stopped and gone on equals unbroken to the last bit, with dropout in the network and the
+    global random state disturbed"""
     whole, part = fresh(kind), fresh(kind)
     start = [p.clone() for p in whole.parameters()]
     for a in train_teacher(whole, batches(cond='labels'), 5): pass

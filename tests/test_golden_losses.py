@@ -1,4 +1,5 @@
-"Each loss against a second, slower way of writing it: through scores, probabilities and loops over samples, in double precision"
+"""Each loss against a second, slower way of writing it: through scores, probabilities and loops
+over samples, in double precision"""
 import math
 
 import pytest
@@ -80,7 +81,8 @@ def test_dmd_loss_is_the_weighted_difference_of_scores(shape):
 
 
 def test_dmd_loss_descends_the_kl():
-    "For x = m + s z the loss without its scaling gives the parameters the gradient of the closed-form KL of the noisy distributions"
+    """For x = m + s z the loss without its scaling gives the parameters the gradient of the closed-
+    form KL of the noisy distributions"""
     m, s, sigma, n = (
         torch.tensor(-1.0, dtype=torch.double, requires_grad=True),
         torch.tensor(0.5, dtype=torch.double, requires_grad=True),

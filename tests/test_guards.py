@@ -1,4 +1,5 @@
-"Guards: what is planted is named within 50 iterations, healthy runs raise nothing, and an alarm ends the run or takes it back"
+"""Guards: what is planted is named within 50 iterations, healthy runs raise nothing, and an alarm
+ends the run or takes it back"""
 import json, math, os, re, sys
 from dataclasses import replace
 from pathlib import Path
@@ -215,7 +216,8 @@ def wrong(reals, start, at=250):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    "The fashion16 command with a network for a second, in an empty folder; `spoil(step, f)` plants `f(dmd)` before an iteration"
+    """The fashion16 command with a network for a second, in an empty folder; `spoil(step, f)`
+    plants `f(dmd)` before an iteration"""
     import _survive_work as work
     from dmd2_nb import cli, jobs, recipes
     work.prepare(tmp_path)
@@ -310,7 +312,8 @@ def test_command_gives_up(tiny, capsys):
 
 
 def test_nothing_broken_is_saved(tiny, capsys):
-    "The last update before a checkpoint breaks a weight, which no loss has shown yet, between two looks: it is not written"
+    """The last update before a checkpoint breaks a weight, which no loss has shown yet, between two
+    looks: it is not written"""
     spoil, command = tiny
     def plant(dmd):
         step = dmd.fake_step

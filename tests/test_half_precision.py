@@ -1,4 +1,5 @@
-"float16 with loss scaling, which every T4 runs in, on a CPU: each recipe, each term alone, other flags of the optimiser, steps that are skipped"
+"""float16 with loss scaling, which every T4 runs in, on a CPU: each recipe, each term alone, other
+flags of the optimiser, steps that are skipped"""
 from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat

@@ -1,4 +1,5 @@
-"Bands learnt from stored good runs of one recipe: each one, left out, is healthy; a sick one is not; the rule for stopping"
+"""Bands learnt from stored good runs of one recipe: each one, left out, is healthy; a sick one is
+not; the rule for stopping"""
 import math
 
 import pytest

@@ -1,4 +1,5 @@
-"Files that can't harm: pickles by the thousand, archives that unpack to absurd sizes or climb out, headers and configs that lie"
+"""Files that can't harm: pickles by the thousand, archives that unpack to absurd sizes or climb
+out, headers and configs that lie"""
 import json, os, re, resource, struct, subprocess, sys, zipfile, zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,7 +36,8 @@ def one_line(match, f, *args, kind=ValueError, **kw):
 # -- pickles --
 
 def test_fuzz(tmp_path):
-    "Thousands of mutated pickles: nothing executed, imported or written, one clear error each, and the memory stays small"
+    """Thousands of mutated pickles: nothing executed, imported or written, one clear error each,
+    and the memory stays small"""
     r = subprocess.run(
         [sys.executable, str(Path(__file__).parent / '_fuzz_work.py'), str(tmp_path), str(N)],
         capture_output=True,
@@ -121,7 +123,8 @@ def test_pickle_bombs(name):
 # -- safetensors --
 
 def test_headers(tmp_path):
-    "A header of absurd length, a length beyond the file, tensors beyond it, shapes that overflow: refused, nothing allocated"
+    """A header of absurd length, a length beyond the file, tensors beyond it, shapes that overflow:
+    refused, nothing allocated"""
     f = tmp_path/'a.safetensors'
     def header(d, n=None):
         b = json.dumps(d).encode()

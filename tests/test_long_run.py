@@ -1,4 +1,5 @@
-"A long run: flat memory, no open files left, and a log that costs nothing to speak of (NIGHTLY=1 for the 10,000 iterations)"
+"""A long run: flat memory, no open files left, and a log that costs nothing to speak of (NIGHTLY=1
+for the 10,000 iterations)"""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -40,13 +41,15 @@ def test_flat_memory(tmp_path, n, warm):
 
 
 def test_logger_cost(tmp_path):
-    "Rows, bar and log file take less than 2 % of a run whose iterations take as long as the smallest recipe's (batch 2048 in the plane)"
+    """Rows, bar and log file take less than 2 % of a run whose iterations take as long as the
+    smallest recipe's (batch 2048 in the plane)"""
     out = long(tmp_path, 300, 100, batch=2048)
     assert out['logger'] < 0.02, out
 
 
 def test_watching_cost(tmp_path):
-    "Guard, log and dashboard together, in a run in the plane whose iterations take 3 ms: measured 2 %, and not half as much again; the median over blocks"
+    """Guard, log and dashboard together, in a run in the plane whose iterations take 3 ms: measured
+    2 %, and not half as much again; the median over blocks"""
     r = subprocess.run(
         [
             sys.executable,

@@ -1,4 +1,5 @@
-"LoRA files: every tensor is used or named, every source of alpha is asked, exports are equally strong wherever they are opened"
+"""LoRA files: every tensor is used or named, every source of alpha is asked, exports are equally
+strong wherever they are opened"""
 import json, warnings
 from copy import deepcopy
 

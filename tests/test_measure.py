@@ -99,7 +99,8 @@ def weights(path, seed, **meta):
 
 
 def test_imagenets_classes_in_turn(tmp_path, monkeypatch):
-    "Against statistics there are no labels to copy: a model of ImageNet-64 is asked for each class equally often, another one for random classes"
+    """Against statistics there are no labels to copy: a model of ImageNet-64 is asked for each
+    class equally often, another one for random classes"""
     pack(tmp_path/'real.npz', pictures(40, 5, 8, 1))
     ref, asked, draw = M.Real.of(tmp_path/'real.npz', 'pixels'), [], M.draw
     monkeypatch.setattr(
@@ -195,7 +196,8 @@ def test_the_winner_is_named_by_its_first_numbers(tmp_path, monkeypatch):
 
 
 def test_statistics_as_reference(tmp_path, monkeypatch):
-    "EDM's way for ImageNet-64: samples against means and covariances, through Inception when nothing else is said, called FID"
+    """EDM's way for ImageNet-64: samples against means and covariances, through Inception when
+    nothing else is said, called FID"""
     monkeypatch.chdir(tmp_path)
     class Colours(torch.nn.Module):
         def forward(self, x): return torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)

@@ -73,7 +73,8 @@ def test_channels_last_and_rates(tmp_path):
 
 
 def test_places_of_a_recorded_run(tmp_path):
-    "A run that goes back to a checkpoint keeps every tensor where a graph has recorded it, even when the checkpoint is older than the first update"
+    """A run that goes back to a checkpoint keeps every tensor where a graph has recorded it, even
+    when the checkpoint is older than the first update"""
     dmd = run(torch.channels_last, True)
     save_state(dmd, tmp_path/'0')
     first = go(dmd, 4)

@@ -262,7 +262,8 @@ def test_wheel_metadata(wheel, names):
 
 @pytest.fixture(scope='module')
 def clean(wheel, tmp_path_factory):
-    "Python of a new environment with the wheel in it, beside the libraries of this one, and an empty folder to stand in"
+    """Python of a new environment with the wheel in it, beside the libraries of this one, and an
+    empty folder to stand in"""
     env = tmp_path_factory.mktemp('clean')/'env'
     venv.create(env, with_pip=False)
     python = env/('Scripts' if os.name == 'nt' else 'bin')/'python'

@@ -37,7 +37,8 @@ def test_nothing_comes_from_other_servers(site): assert list(docs.elsewhere(site
 
 def test_the_checks_see_what_they_look_for(tmp_path):
     (tmp_path / 'a.html').write_text(
-        '<h2 id="here"></h2><a href="#here">1</a><a href="#gone">2</a><a href="b.html">3</a><a href="b.html#x">4</a><img src="no.png"><a href="c.html">5</a>'
+        '<h2 id="here"></h2><a href="#here">1</a><a href="#gone">2</a><a href="b.html">3</a><a '
+        'href="b.html#x">4</a><img src="no.png"><a href="c.html">5</a>'
     )
     (tmp_path/'b.html').write_text('<p id="y"></p><a href="https://example.org">6</a>')
     assert sorted(docs.broken(tmp_path)) == [

@@ -173,7 +173,11 @@ def test_command_line(tmp_path, double):
     D = build_denoiser(RECIPES['fashion16'].net)
     for p in D.parameters(): p.data += 0.02*torch.randn_like(p)
     save_denoiser(D, tmp_path/'teacher.safetensors')
-    args = f'--teacher {tmp_path}/teacher.safetensors --out {tmp_path} --features pixels --batch 8 --iters 4 --eval-n 8 --save-every 2 --eval-every 0 --device cpu --set warmup_fake=1 --ttur 2'
+    args = (
+        f'--teacher {tmp_path}/teacher.safetensors --out {tmp_path} --features pixels --batch 8 '
+        '--iters 4 --eval-n 8 --save-every 2 --eval-every 0 --device cpu --set warmup_fake=1 '
+        '--ttur 2'
+    )
     assert launch(work.command, 1, f'fashion16 --name one {args}', timeout=400) == [0]
     assert launch(work.command, 2, f'fashion16 --name two --accum 2 {args}', timeout=400) == [0, 0]
     one, two = (read_log(tmp_path/n/'log.csv') for n in ('one', 'two'))

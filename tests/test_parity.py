@@ -288,7 +288,8 @@ def test_bottleneck(quiet):
 
 
 def test_peer_metrics(values):
-    "Fréchet distance, KID, precision and recall of the same features by EDM's fid.py, clean-fid, torch-fidelity, torchmetrics and OpenAI's evaluator"
+    """Fréchet distance, KID, precision and recall of the same features by EDM's fid.py, clean-fid,
+    torch-fidelity, torchmetrics and OpenAI's evaluator"""
     stored = values('metrics')
     a, b = torch.tensor(stored['a']), torch.tensor(stored['b'])
     error = lambda x, y: np.max(np.abs(np.array(x)/np.array(y)-1))

@@ -92,7 +92,8 @@ def test_view_in_both_turns():
 
 
 def test_view_decides_what_the_critic_learns_from():
-    "What is hidden from the discriminator pulls neither at the generator nor at the head; the denoising loss is untouched"
+    """What is hidden from the discriminator pulls neither at the generator nor at the head; the
+    denoising loss is untouched"""
     class Blind(DMD2):
         def view(self, x, n, stream): return x*0
     cfg = replace(work.cfg, warmup_fake=0)

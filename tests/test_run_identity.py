@@ -1,4 +1,5 @@
-"Which run goes on: the newest unfinished one of the same settings, images and weights; what is not whole is named, and comes back where it can"
+"""Which run goes on: the newest unfinished one of the same settings, images and weights; what is
+not whole is named, and comes back where it can"""
 import os, stat
 from dataclasses import replace
 
@@ -110,7 +111,8 @@ def listing(folder):
 # -- which run goes on --
 
 def test_the_newest_of_the_same_config_goes_on(here, tell, monkeypatch):
-    "A run, another setting, the first command again: the first run goes on, and a line says what else is unfinished and how it differs"
+    """A run, another setting, the first command again: the first run goes on, and a line says what
+    else is unfinished and how it differs"""
     stopped(monkeypatch, tell, distil)
     stopped(monkeypatch, tell, f'{distil} --set batch=16')
     code, said = tell(distil)
@@ -246,7 +248,10 @@ def test_a_rate_that_falls_says_from_where_it_differs(job, here, tell, monkeypat
     unit = 'iteration' if job == 'distill' else 'update'
     assert (
         code == 0
-        and f'the learning rate falls for 18 {unit}s now instead of 9, which differs from {unit} 4 on; those from there to 6'
+        and (
+            f'the learning rate falls for 18 {unit}s now instead of 9, which differs from {unit} 4 '
+            'on; those from there to 6'
+        )
         in said
     )
 
@@ -323,7 +328,8 @@ def test_what_counts_of_a_set_of_images(here):
 # -- what PyTorch was set to --
 
 def test_settings_of_the_program_change_no_bit(here, tell, monkeypatch):
-    "A run begun and one taken up under another default dtype ends in the bits of an undisturbed one; the setting is as it was after"
+    """A run begun and one taken up under another default dtype ends in the bits of an undisturbed
+    one; the setting is as it was after"""
     assert tell(f'{distil} --out whole')[0] == 0
     torch.set_default_dtype(torch.float64)
     try:

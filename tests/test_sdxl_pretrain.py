@@ -154,7 +154,8 @@ def test_bad_input(pairs):
 
 
 def test_checkpoints_by_step(pairs, tmp_path):
-    "A folder of step-N is taken up, and goes on as such; another number of updates than is done is refused, and changes nothing"
+    """A folder of step-N is taken up, and goes on as such; another number of updates than is done
+    is refused, and changes nothing"""
     args = dict(lr=1e-2, batch=2, save_every=2)
     whole, first, rest = role(), role(), role()
     losses = list(regression_pretrain(whole, pairs, 4, **args))

@@ -304,7 +304,8 @@ def test_streams_of_neighbouring_seeds_have_nothing_in_common():
 
 
 def test_what_rng_promises():
-    "On the CPU two seeds that agree in 32 bits are one stream, as the docstring says; and the draws of named steps stay what they were"
+    """On the CPU two seeds that agree in 32 bits are one stream, as the docstring says; and the
+    draws of named steps stay what they were"""
     a, b = (torch.rand(8, generator=torch.Generator().manual_seed(s)) for s in (5, 5+2**32))
     assert torch.equal(a, b) and '32' in rng.__doc__
     assert [rng(*k).initial_seed() for k in ((0, 7), (-1, 2))] == [

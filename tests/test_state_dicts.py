@@ -107,7 +107,8 @@ def test_prefixes_inside_and_names_that_only_look_like_them():
 
 @pytest.mark.parametrize('ending', ['safetensors', 'bin'])
 def test_sharded_folder(ending, tmp_path):
-    "As transformers and diffusers write it; each part is named when it is missing, and the index is believed to the letter"
+    """As transformers and diffusers write it; each part is named when it is missing, and the index
+    is believed to the letter"""
     stem = 'diffusion_pytorch_model' if ending == 'safetensors' else 'pytorch_model'
     names = sorted(own)
     parts = {f'{stem}-0000{i+1}-of-00002.{ending}': names[i::2] for i in range(2)}

@@ -241,7 +241,8 @@ ONE_SIDE = {'dmd2_nb.core': {'cond_cat', 'cond_map'}, 'dmd2_nb.train': {'train'}
 
 
 def test_no_function_with_two_conditions_is_forgotten():
-    "Every public function or method of the method's modules that is given both a condition and a real batch, or several trees, stands in the table above"
+    """Every public function or method of the method's modules that is given both a condition and a
+    real batch, or several trees, stands in the table above"""
     found = set()
     for name in (
         'core',

@@ -21,7 +21,10 @@ floors = {
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression parts fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
     2: 'layers.lora panels preference denoiser sampling dmd gan unet features',
-    1: 'layers.lora_strength plot toy noise nets metrics images grids parallel parallel_cost blocks feature_nets logs launch',
+    1: (
+        'layers.lora_strength plot toy noise nets metrics images grids parallel parallel_cost '
+        'blocks feature_nets logs launch'
+    ),
     0: 'layers.lora_names core image_files fused signals system.checkpoint system.texts',
     -1: 'system.plan system.image_files',
     -2: 'system.image_labels',
@@ -307,7 +310,8 @@ print(took, *sorted({m.split('.')[0] for m in sys.modules}))
 
 
 def test_light_import():
-    "`dmd2_nb.distill` and `.train` come within 0.3 s after torch; no module of the package loads a plotting, image or diffusers library"
+    """`dmd2_nb.distill` and `.train` come within 0.3 s after torch; no module of the package loads
+    a plotting, image or diffusers library"""
     times = []
     for _ in range(3):  # the fastest counts: a busy machine says nothing about the package
         r = subprocess.run(

@@ -1,4 +1,5 @@
-"A run survives: killed, asked to leave, out of disk or with a damaged checkpoint, the same command ends in the same bits"
+"""A run survives: killed, asked to leave, out of disk or with a damaged checkpoint, the same
+command ends in the same bits"""
 import json, os, subprocess, sys
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def test_asked_to_leave(seen, job, name, code):
     step = int(t['at'].removeprefix('step-'))
     assert t['code'] == code and 7 <= step < 12
     assert t['err'].splitlines() == [
-        f'dmd2_{job}: stopped by {name} at iteration {step}, which is saved; the same command goes on from the last checkpoint'
+        f'dmd2_{job}: stopped by {name} at iteration {step}, which is saved; the same command goes '
+        'on from the last checkpoint'
     ]
     assert t['mid']['left'] == [] and t['mid']['steps'][0] == f'step-{step}'
     assert t['digest'] == seen[job]['unbroken'] and t['left'] == []

@@ -1,4 +1,5 @@
-"A run of two processes survives, too: asked to leave, with a process killed or standing still, the same command ends in the same bits"
+"""A run of two processes survives, too: asked to leave, with a process killed or standing still,
+the same command ends in the same bits"""
 import hashlib, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def unbroken(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def seen(tmp_path_factory, unbroken):
-    "One run that is asked to leave twice, loses a process, has one that stands still, loses its parent, and at last may end"
+    """One run that is asked to leave twice, loses a process, has one that stands still, loses its
+    parent, and at last may end"""
     folder, out = tmp_path_factory.mktemp('broken'), {}
     for name, after, act in (
         ('SIGTERM', 40, lambda c: c.p.send_signal(signal.SIGTERM)),
@@ -177,7 +179,8 @@ def test_asked_to_leave(seen, name, code):
     o = seen[name]
     assert o['code'] == code
     found = re.fullmatch(
-        rf'dmd2_distill: stopped by {name} at iteration (\d+), which is saved; the same command goes on from the last checkpoint',
+        rf'dmd2_distill: stopped by {name} at iteration (\d+), which is saved; the same command '
+        rf'goes on from the last checkpoint',
         o['err'],
     )
     assert found and int(found[1]) == o['at'][0], o
@@ -199,7 +202,10 @@ def test_process_that_stands_still(seen):
     assert o['code'] == 2 and SILENCE-2 < o['took'] < SILENCE+20
     assert (
         o['err']
-        == f'dmd2_distill: rank 1 has given no sign of life for {SILENCE} s (stopped, or cut off); the same command goes on from the last checkpoint'
+        == (
+            f'dmd2_distill: rank 1 has given no sign of life for {SILENCE} s (stopped, or cut '
+            'off); the same command goes on from the last checkpoint'
+        )
     ), o
 
 
@@ -219,7 +225,11 @@ def test_damaged_newest(seen):
 
 def test_no_card_is_asked_for_before_the_fork():
     "Processes that are forked could not use a GPU after that"
-    code = "import torch\ndef no(*a, **k): raise SystemExit('asked')\nfor n in ('is_available', 'device_count', '_lazy_init', 'get_device_capability'): setattr(torch.cuda, n, no)\nimport dmd2_nb.cli, dmd2_nb.jobs, dmd2_nb.recipes, dmd2_nb.imagenet64"
+    code = (
+        "import torch\ndef no(*a, **k): raise SystemExit('asked')\nfor n in ('is_available', "
+        "'device_count', '_lazy_init', 'get_device_capability'): setattr(torch.cuda, n, "
+        "no)\nimport dmd2_nb.cli, dmd2_nb.jobs, dmd2_nb.recipes, dmd2_nb.imagenet64"
+    )
     assert not subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,

@@ -152,7 +152,11 @@ adapt_config = replace(
 )
 
 def plan_of(
-    D:SigmaDenoiser, rank:int, cfg:DMD2Config, recorded=True, **changes, # The model; rank of the adapters; the run's numbers; whether passes are recorded as graphs; fields of `Setup` to replace
+    D:SigmaDenoiser, # The model
+    rank:int,        # Of the adapters
+    cfg:DMD2Config,  # The run's numbers
+    recorded=True,   # Whether passes are recorded as graphs
+    **changes,       # Fields of `Setup` to replace
 ): # `Plan`
     "What `adapt` will need"
     u = D.net.unet
@@ -185,7 +189,10 @@ def adapt(
     sheet=None,            # `sheet(G) -> PIL image`, drawn before, every `minutes`, and after
     minutes:float=10.,              # Between two sheets
     timesteps=(999, 749, 499, 249), # Of the generator, for the exported file's page
-    uncond=zero_uncond, checkpointing=True, ema_device='cpu', save_every:int=200, # Empty condition; whether activations are computed again; where the average lives; iterations between checkpoints
+    uncond=zero_uncond, # Empty condition
+    checkpointing=True, # Whether activations are computed again
+    ema_device='cpu',   # Where the average lives
+    save_every:int=200, # Iterations between checkpoints
 ): # Yields the log of each iteration
     "Turn your model into a few-step one, from a few-step start; resumable, and stopped when you like"
     if init is not None:
@@ -240,7 +247,10 @@ def _fill(net, init):
 def denoise_only(
     net:SigmaDenoiser, # A few-step generator
     pictures,          # `LatentShards` with latents
-    steps:int, batch:int=8, lr:float=1e-4, seed:int=0, # Updates; pictures an update; learning rate; names the random draws
+    steps:int,     # Updates
+    batch:int=8,   # Pictures an update
+    lr:float=1e-4, # Learning rate
+    seed:int=0,    # Names the random draws
 ): # Yields losses
     "Ordinary denoising on real images, for comparison"
     p = trainable(net)

@@ -115,7 +115,8 @@ class SigmaDenoiser(nn.Module):
         t,known = self.find(sigma)
         if sigma.device.type=='cpu' and not torch.compiler.is_compiling() and not known.all():
             raise ValueError(
-                f'sigma {sigma[~known][0]:.4g} is none of this network, whose levels are {self.levels[0]:.4g} .. {self.levels[-1]:.4g}'
+                f'sigma {sigma[~known][0]:.4g} is none of this network, whose levels are '
+                f'{self.levels[0]:.4g} .. {self.levels[-1]:.4g}'
             )
         return t, known
 
@@ -256,7 +257,8 @@ def check_unet(
         )
     if a!=b:
         raise ValueError(
-            f"this U-Net takes {a} channels and gives {b}: it looks like {CHANNELS.get(a, 'one that is given more than noise')}, "
+            f"this U-Net takes {a} channels and gives {b}: it looks like "
+            f"{CHANNELS.get(a, 'one that is given more than noise')}, "
             'a text-to-image U-Net is needed'
         )
     for name,what in OTHER_INPUTS.items():
@@ -375,7 +377,8 @@ def unet_encode(
     unet,      # diffusers `UNet2DConditionModel`
     x:Tensor,  # Scaled samples, (b, c, h, w)
     t:Tensor,  # Timesteps, (b,)
-    encoder_hidden_states:Tensor=None, added_cond_kwargs:dict=None, # Text states; pooled text and time ids, as diffusers passes them
+    encoder_hidden_states:Tensor=None, # Text states
+    added_cond_kwargs:dict=None, # Pooled text and time ids, as diffusers passes them
 )->Tensor: # Output of the mid-block, (b, c', h', w')
     "The first half of the U-Net's forward"
     emb = unet.time_embedding(unet.get_time_embed(sample=x, timestep=t))
@@ -466,7 +469,13 @@ def make_unet(
     from diffusers import UNet2DConditionModel
     return _make(UNet2DConditionModel, config | changes, seed, device, dtype)
 
-def make_vae(config=TINY_VAE, seed=0, device='cpu', dtype=None, **changes): # Settings of the network; seed of its random weights; where and in which precision; settings to replace
+def make_vae(
+    config=TINY_VAE, # Settings of the network
+    seed=0,          # Of its random weights
+    device='cpu',    # Where
+    dtype=None,      # Precision; float32 when absent
+    **changes,       # Settings to replace
+):
     "An image autoencoder from its config with random weights"
     from diffusers import AutoencoderKL
     return _make(AutoencoderKL, config | changes, seed, device, dtype)

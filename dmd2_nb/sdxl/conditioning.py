@@ -64,7 +64,8 @@ class TextEncoders:
         pads = [t.pad_token for t in self.tokenizers]
         if len(pads)==2 and pads[0]==pads[1]:
             raise ValueError(
-                f"both tokenizers pad with '{pads[0]}': the second text encoder needs its own (subfolder tokenizer_2), which pads with '!'"
+                f"both tokenizers pad with '{pads[0]}': the second text encoder needs its own "
+                "(subfolder tokenizer_2), which pads with '!'"
             )
 
     @classmethod
@@ -143,7 +144,8 @@ def encode_prompts(
     enc:TextEncoders, # Where they are is where encoding happens
     prompts,          # List of texts, or one
     size=1024,        # For the time ids: see `micro_ids`
-    crop=(0, 0), target=None, # Corner of the crop and wanted size that the network is told; no crop, and the size, when absent
+    crop=(0, 0), # Corner of the crop that the network is told
+    target=None, # Wanted size that it is told; the size when absent
 ): # `SDXLCond`, or text vectors (b, 77, d) from a single encoder
     "Prompts as the network's condition"
     ids,_ = enc.tokens(prompts)

@@ -255,7 +255,10 @@ def encode_conditions(
     prompts,              # `PromptFile` or list
     enc:TextEncoders,     # Tokenizers and encoders of the texts
     batch:int=16,         # Prompts at once
-    shard:int=256, size=1024, dtype=torch.float16, progress=None, # Rows of a file; side of the picture that the network is told; precision kept; wraps the iteration
+    shard:int=256, # Rows of a file
+    size=1024,     # Side of the picture that the network is told
+    dtype=torch.float16, # Precision that is kept
+    progress=None, # Wraps the iteration
 )->LatentShards: # Without latents: for the generator's stream
     "Prompt embeddings, once"
     if isinstance(prompts, str):

@@ -46,7 +46,12 @@ class EchoRecorder:
 # %% ../../nbs/32c_sdxl.graphs.ipynb #ef36ac59
 class Pass:
     "One role's forward or encode for one shape of inputs, and its backward passes"
-    def __init__(self, net, kind, x, t, cond, recorder): # Network and which of its passes; example inputs; what records it
+    def __init__(self,
+        net,        # Network
+        kind,       # Which of its passes
+        x, t, cond, # Example inputs
+        recorder,   # What records it
+    ):
         self.net,self.kind,self.recorder = net,kind,recorder
         self.x, self.t, self.cond, self.g = (
             x.detach().clone(),
@@ -66,7 +71,8 @@ class Pass:
         with torch.no_grad(): return self.net.direct(self.kind, self.x, self.t, self.cond)
 
     def both(self, want_x, want_p):
-        "Forward and backward from `self.g`; returns the gradient of the input, adds those of parameters to their buffers"
+        """Forward and backward from `self.g`; returns the gradient of the input, adds those of
+        parameters to their buffers"""
         # compiled blocks look at the autocast state: make it alike wherever they are called
         kind = self.x.device.type
         with (
@@ -146,7 +152,7 @@ class Graphs:
     def __init__(self,
         *nets:AdapterNet,   # Roles whose passes are recorded; others run plainly
         recorder=None,      # `CudaRecorder()` when absent
-        share_grads=False,  # One set of gradient buffers for all roles: a role's `.grad` lasts until another role's backward pass
+        share_grads=False,  # One set of gradient buffers for all: `.grad` lasts until another role's backward pass
     ):
         self.nets, self.recorder, self.share, self.passes, self.bufs, self.failed = (
             list(nets),

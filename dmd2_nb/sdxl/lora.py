@@ -47,7 +47,12 @@ class Hook:
 # %% ../../nbs/32a_sdxl.lora.ipynb #8622a2f9
 class Unit:
     "One checkpointed piece of the base: its forward takes the active adapter's flat tensor as an argument"
-    def __init__(self, base, name, module, layers, block): # The base; name and module of the unit; its layers with adapters; the block it lies in
+    def __init__(self,
+        base,         # The base
+        name, module, # Of the unit
+        layers,       # Its layers with adapters
+        block,        # The block that it lies in
+    ):
         self.base,self.name,self.module,self.layers,self.block = base,name,module,layers,block
         self.plain,self.hook,self.index = module.forward,Hook(),None
         for i,l in enumerate(layers.values()): l.hook,l.place = self.hook,i

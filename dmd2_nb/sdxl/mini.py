@@ -179,7 +179,12 @@ NANO_UNET = MINI_UNET | dict(
 # %% ../../nbs/39_mini_sdxl.ipynb #ea4754e6
 class MiniSDXL(nn.Module):
     "U-Net, word encoder and patch code: a text-to-image model"
-    def __init__(self, unet, text:WordEncoder, codec:PatchCodec, px:int): # U-Net; words to vectors; pictures to latents and back; side of a picture
+    def __init__(self,
+        unet,             # U-Net
+        text:WordEncoder, # Words to vectors
+        codec:PatchCodec, # Pictures to latents and back
+        px:int,           # Side of a picture
+    ):
         super().__init__()
         self.unet,self.text,self.codec,self.px = unet,text,codec,px
         self.register_buffer('sizes', micro_ids(1, px), persistent=False)
@@ -254,7 +259,10 @@ def train_mini(
     steps:int,              # Updates
     batch:int=256, lr=1e-3, # A number, or a function of the step
     drop:float=0.1,    # Share of rows without text
-    halflife:float=500., warmup:int=200, seed:int=0, dtype='float32', # Of the averaged weights, in updates; updates over which the rate rises; names the random draws; precision inside networks
+    halflife:float=500., # Of the averaged weights, in updates
+    warmup:int=200,      # Updates over which the rate rises
+    seed:int=0,          # Names the random draws
+    dtype='float32',     # Precision inside networks
     graph=False,       # Replay each update as a CUDA graph
 ): # Yields dict(step, loss, lr, ema)
     "Train U-Net and words to predict noise"

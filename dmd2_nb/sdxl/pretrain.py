@@ -61,10 +61,15 @@ def pair_noise(shape, i:int, seed:int=0): # (1, *shape)
 def teacher_pairs(
     folder,                 # Where the pairs come to lie
     teacher,                # Guided denoiser with `shape`
-    conds:LatentShards,     # Conditions, for example from `encode_conditions`; used in order, again from the start if there are fewer
+    conds:LatentShards,     # Conditions, as from `encode_conditions`; in order, again from the start if there are fewer
     n:int=10_000,           # Pairs
     steps:int=50,           # Of the teacher's sampler
-    seed:int=0, batch:int=4, shard:int=64, shape=None, device=None, progress=None, # Names the noises; noises at once; pairs of a file; latent's shape; where to work; wraps the iteration
+    seed:int=0,    # Names the noises
+    batch:int=4,   # Noises at once
+    shard:int=64,  # Pairs of a file
+    shape=None,    # Of a latent
+    device=None,   # Where to work
+    progress=None, # Wraps the iteration
 )->LatentShards: # Latents are the teacher's samples
     "The teacher's sample for each of n noises; stops and goes on"
     sigmas,shape = sdxl_sigmas(trailing_timesteps(steps)),tuple(shape or teacher.shape)
@@ -104,7 +109,10 @@ def regression_pretrain(
     distance=None,        # `distance(a, b)` of decoded images, such as `fid.lpips()`; mean squared error when absent
     decode=None,          # From `decoder`; latents themselves are compared when absent
     timestep:int=399,     # What the generator is told
-    lr:float=1e-5, batch:int=4, clip:float=10., seed:int=0, # Learning rate; pairs an update; gradient norm limit, 0 for none; which order
+    lr:float=1e-5,   # Learning rate
+    batch:int=4,     # Pairs an update
+    clip:float=10.,  # Limit of the gradient norm, 0 for none
+    seed:int=0,      # Names the order
     folder=None,          # Where the state is kept; a run found there goes on
     save_every:int=200,   # Updates between two checkpoints
     dtype='auto',         # Inside networks; adapters on a base in half precision have their own
@@ -204,7 +212,8 @@ def check_steps(
             return  # not whole: reading it will say so, or take the one before
     if steps<done:
         raise ValueError(
-            f'{found or "the run"} has done {done} iterations, {steps} are asked for in all: ask for more, or begin in another folder'
+            f'{found or "the run"} has done {done} iterations, {steps} are asked for in all: ask '
+            'for more, or begin in another folder'
         )
 
 def _mse(a, b): return (a-b).pow(2).mean()

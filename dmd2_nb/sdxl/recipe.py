@@ -69,7 +69,7 @@ def sdxl_dmd2(
     head:nn.Module=None,   # GAN head to start from
     ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
     optim='adamw',         # 'adamw8bit' keeps AdamW's averages in 8 bits, with bitsandbytes
-    make=DMD2,             # Class of the run: `GraphedDMD2` for small networks in bfloat16 or float32, `ParallelDMD2` on several cards
+    make=DMD2,             # Class of the run: `GraphedDMD2` for small networks, `ParallelDMD2` on several cards
     **kwargs,              # Its own arguments, such as `world` and `mode`
 )->DMD2:
     "A run of DMD2 on a diffusers U-Net"
@@ -124,7 +124,8 @@ def eight_bit(
         opts = {n: bnb.optim.AdamW8bit(getattr(dmd, n).param_groups) for n in ('opt_g','opt_fake')}
     except Exception as e:
         warnings.warn(
-            f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): averages stay in float32'
+            f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): '
+            'averages stay in float32'
         )
         return False
     for n,o in opts.items(): setattr(dmd, n, o)

@@ -191,7 +191,8 @@ def memory_plan(
     s:Setup,                   # The choices that memory depends on
     workspace:float=WORKSPACE, # Bytes for work areas of libraries
 )->Plan:
-    "Peak memory of each phase of a run, from one cycle of `DMD2` on tensors without data; takes about a quarter of a minute for SDXL"
+    """Peak memory of each phase of a run, from one cycle of `DMD2` on tensors without data; takes
+    about a quarter of a minute for SDXL"""
     half,full = getattr(torch, s.dtype),torch.float32
     unets = [
         make_unet(s.unet, device='meta', dtype=t)
@@ -272,7 +273,8 @@ class _Rehearsal:
         return top
 
     def record(self, f):
-        "Stands in for CUDA's recorder: what a pass takes comes from a pool of its own, one for all passes, and stays there"
+        """Stands in for CUDA's recorder: what a pass takes comes from a pool of its own, one for
+        all passes, and stays there"""
         echo,new = EchoRecorder().record(f),True
         def replay():
             nonlocal new

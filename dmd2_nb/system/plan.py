@@ -265,6 +265,7 @@ def keep_plan(
     elif differ := differences(was, facts):
         what = few(differ, 4, '; ')
         raise ValueError(
-            f'{folder} was begun with other settings ({what}): take another folder, or delete this one to make its files again'
+            f'{folder} was begun with other settings ({what}): take another folder, or delete this '
+            'one to make its files again'
         )
     return path

@@ -452,7 +452,7 @@ def misfit(
     return text[:480]
 
 def check_fit(
-    mine:dict,    # What is wanted: name -> tensor or shape; a network's state dict, on the meta device for all it matters
+    mine:dict,    # What is wanted: name -> tensor or shape, such as a network's state dict on the meta device
     tensors:dict, # What is given
     source,       # What to call it in an error
     what='',      # What it should fit, such as ' this U-Net'
@@ -493,6 +493,7 @@ def check_finite(
             if n
         )
         raise ValueError(
-            f'{where}: {name + " has" if name else "has"} {what} of {t.numel():,} numbers, the first at {first}{advice and ": " + advice}'
+            f'{where}: {name + " has" if name else "has"} {what} of {t.numel():,} numbers, the '
+            f'first at {first}{advice and ": " + advice}'
         )
     return tensors

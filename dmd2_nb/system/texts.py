@@ -141,7 +141,8 @@ def _fields(path, rows, width, at):
         if not row: continue  # an empty line
         if len(row)!=width:
             raise ValueError(
-                f'{path}, line {line}: {len(row)} fields where the first line has {width}; a text with a separator in it needs quotes'
+                f'{path}, line {line}: {len(row)} fields where the first line has {width}; a text '
+                'with a separator in it needs quotes'
             )
         yield f'line {line}', row[at]
 
