@@ -298,6 +298,7 @@ def _transformers(*names):
         ) from None
     return [getattr(transformers, n) for n in names]
 
+# %% ../nbs/24_features.ipynb #7e0dce9a
 def _pretrained(cls, source, size, download):
     "A model of transformers from a folder, the cache, or the hub when allowed; `size` is the default's"
     try: return cls.from_pretrained(source, local_files_only=not download)

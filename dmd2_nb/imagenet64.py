@@ -150,6 +150,7 @@ class StatsJudge:
         "The same for n of the real images"
         return self(self.real.images[torch.randperm(len(self.real), generator=rng(seed, 79))[:n]])
 
+# %% ../nbs/23_imagenet64.ipynb #5c015d2f
 def paper_judge(
     r,              # Recipe
     data,           # Its images

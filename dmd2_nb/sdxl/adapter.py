@@ -480,6 +480,7 @@ def make_vae(
     from diffusers import AutoencoderKL
     return _make(AutoencoderKL, config | changes, seed, device, dtype)
 
+# %% ../../nbs/30_sdxl.adapter.ipynb #28fd115d
 def _make(cls, config, seed, device, dtype):
     was = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device(device):
