@@ -1,6 +1,6 @@
 """Measure the figures of RELIABILITY.md and write them to data/runs/reliability.json:
 
-    python tests/reliability.py [kills] [fuzz] [long] [guards] [cost]
+    python tests/reliability.py [kills] [fuzz] [bombs] [long] [guards] [cost]
 
 It runs what the tests run, the long ones at their full length; parts that are not named keep their figures. Takes a quarter of an hour."""
 import json, os, subprocess, sys, tempfile, time
@@ -68,6 +68,11 @@ def fuzz():
             'slowest',
         )
     } | dict(seconds=round(seconds))
+
+
+def bombs():
+    res, seconds = work('_bombs_work.py', 'FOLDER', 8000)
+    return res | dict(seconds=round(seconds))
 
 
 def long():
@@ -192,7 +197,7 @@ def gpu():
 
 
 if __name__ == '__main__':
-    parts = dict(kills=kills, fuzz=fuzz, long=long, guards=guards, cost=cost, gpu=gpu)
+    parts = dict(kills=kills, fuzz=fuzz, bombs=bombs, long=long, guards=guards, cost=cost, gpu=gpu)
     for n in sys.argv[1:] or parts:
         res = parts[n]()
         was = json.loads(out.read_text()) if out.exists() else {}
