@@ -21,7 +21,7 @@ from dmd2_nb.system.checkpoint import (
     save_folder,
 )
 from .system.tensors import check_fit, load_into, read_metadata, read_state_dict
-from .core import EMA, compute_dtype, cond_map, cond_to, rng
+from .core import EMA, batch_stream, check_number, compute_dtype, cond_map, cond_to, rng
 from .denoiser import EDMPrecond, dsm_loss
 from .gan import GanHead
 from .graphs import CudaGraph
@@ -94,6 +94,12 @@ def train_teacher(
     graph:bool=False,        # Replay each update as a CUDA graph; batches must keep their shape
 ): # Yields dict(step, loss, lr, ema, opt) after each update
     "EDM's training of a denoiser (arXiv 2206.00364, section 5); plotting, saving and stopping are the caller's"
+    for name,v in dict(steps=steps, start=start, warmup=warmup).items():
+        check_number(name, v, least=0, whole=True)
+    for name,v in dict(halflife=halflife, P_std=P_std).items(): check_number(name, v, above=0)
+    check_number('label_dropout', label_dropout, least=0, most=1)
+    check_number('P_mean', P_mean)
+    if not callable(lr): check_number('lr', lr, least=0, most=1)
     opt = opt or teacher_opt(D, lr(start) if callable(lr) else lr, betas)
     ema = ema or EMA(D, halflife)
     device = next(D.parameters()).device
@@ -111,7 +117,7 @@ def train_teacher(
     if graph:
         update = CudaGraph(update)
         for group in opt.param_groups: group['lr'] = torch.tensor(float(group['lr']), device=device)
-    for step,(x,cond) in zip(range(start, start+steps), batches):
+    for step,(x,cond) in zip(range(start, start+steps), batch_stream('batches', batches, steps)):
         x,cond,g = x.to(device),cond_to(cond, device),rng(seed, step, device=device)
         cond = drop_labels(cond, label_dim, label_dropout, g, groups)
         sigma = lognormal_sigmas(len(x), P_mean, P_std, generator=g, device=device)

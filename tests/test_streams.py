@@ -14,6 +14,7 @@ from dmd2_nb.denoiser import EDMPrecond, Guided
 from dmd2_nb.distill import DMD2, calibrate_gan_weight, toy_config
 from dmd2_nb.nets import ToyNet
 from dmd2_nb.sdxl.conditioning import SDXLCond
+from dmd2_nb.teacher import train_teacher
 from dmd2_nb.toy import ring
 from dmd2_nb.train import train
 
@@ -317,3 +318,16 @@ def test_no_term_for_a_while():
         train(ParallelDMD2.from_teacher(net, cfg, accum=2), repeat(LABELS), 4, repeat((x, LABELS)))
     )
     assert [float(o['norm_g']) > 0 for o in logs] == [False, False, True, True]
+
+
+@pytest.mark.parametrize('bad, word', [
+    (dict(steps=-1), 'steps must be'), (dict(steps=2.5), 'steps must be a whole number'),
+    (dict(lr=float('nan')), 'lr must be finite'), (dict(halflife=0), 'halflife must be'),
+    (dict(label_dropout=1.5), 'label_dropout must be'), (dict(P_std=0), 'P_std must be'),
+    (dict(steps=9), 'batches ended after 3 batches of the 9 wanted')])
+def test_a_teacher_asked_for_nonsense(bad, word):
+    D = EDMPrecond(ToyNet(width=8), sigma_data=0.5)
+    batches = [(torch.zeros(4, 2), None)]*3
+    with pytest.raises(ValueError, match=word) as e: list(train_teacher(D, batches, **dict(steps=3) | bad))
+    assert len(str(e.value)) < 600 and '\n' not in str(e.value)
+    assert len(list(train_teacher(D, batches, 3))) == 3
