@@ -321,7 +321,7 @@ def test_no_term_for_a_while():
 
 
 @pytest.mark.parametrize('bad, word', [
-    (dict(steps=-1), 'steps must be'), (dict(steps=2.5), 'steps must be a whole number'),
+    (dict(steps=-1), 'steps'), (dict(steps=2.5), 'steps must be a whole number'),
     (dict(lr=float('nan')), 'lr must be finite'), (dict(halflife=0), 'halflife must be'),
     (dict(label_dropout=1.5), 'label_dropout must be'), (dict(P_std=0), 'P_std must be'),
     (dict(steps=9), 'batches ended after 3 batches of the 9 wanted')])
