@@ -144,7 +144,7 @@ def execute(path, flags='', timeout=600):
 # its file
 kept = {
     'index': ('clouds.items()', 'index.png'),
-    '14_distill': ('draw_turn(g,', 'turns.png'),
+    '14_distill': ('g,c = axes_row(', 'turns.png'),
     '26_emoji_dmd2': ('# as in the README', 'emoji.png'),
 }
 

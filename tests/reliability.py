@@ -71,7 +71,7 @@ def fuzz():
 
 
 def bombs():
-    res, seconds = work('_bombs_work.py', 'FOLDER', 8000)
+    res, seconds = work('_bombs_work.py', 'FOLDER', 3000)
     return res | dict(seconds=round(seconds))
 
 

@@ -123,4 +123,5 @@ if __name__ == '__main__':
     step('modules are what the notebooks export', unchanged, 'dmd2_nb', '*.py', 'nbdev-export')
     step('lessons, from the installed wheel', lessons, '--n-workers', '2', '--timing')
     step('pages', run, 'python', 'docs/build.py')
-    run('pytest', 'tests')
+    run('pytest', 'tests/test_long_run.py')  # measures time, so nothing runs beside it
+    run('pytest', 'tests', '-n', '2', '--dist', 'loadfile', '--ignore', 'tests/test_long_run.py')

@@ -82,7 +82,7 @@ def test_readme_keeps_step_with_index():
     )
 
 
-@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'draw_turn(g,', 'turns.png', 'nbs/index.ipynb'),
+@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'g,c = axes_row(', 'turns.png', 'nbs/index.ipynb'),
                                                            ('26_emoji_dmd2', '# as in the README', 'emoji.png', 'README.md')])
 def test_kept_pictures(notebook, words, name, shown):
     "As their notebook drew them; `.ci/execute.py` writes them"
