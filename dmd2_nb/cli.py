@@ -65,7 +65,8 @@ def explained(
     text = ' '.join(str(e).split()) or type(e).__name__
     full = isinstance(e, (RuntimeError, OSError)) and any(w in text.lower() for w in NO_MEMORY)
     if full or isinstance(e, MemoryError):
-        return f'not enough memory ({text[:200].partition(". ")[0]}): {lighter}'
+        more = getattr(e, 'advice', lighter)  # of a memory plan, where one was made
+        return f'not enough memory ({text[:200].partition(". ")[0]}): {more}'
     users = (
         isinstance(e, (ValueError, OSError, ImportError, OverflowError))
         or type(e).__name__ == 'SafetensorError'

@@ -14,7 +14,7 @@ import json, time
 import torch
 from torch import nn, Tensor
 
-from .system.atomic import one_move, write_text
+from .system.atomic import one_move, write_json, write_text
 from .system.plan import differences, fingerprint, identity, read_plan
 from .system.tensors import check_finite, few
 # read_prompts is handed on
@@ -81,7 +81,7 @@ def generate(
             )
     elif list(out.glob('*.png')):
         raise ValueError(f'{out}: has pictures of unknown origin; choose another folder')
-    else: write_text(out/'run.json', json.dumps(facts, indent=1))
+    else: write_json(out/'run.json', facts)
     todo = [i for i in range(facts['n']) if not (out/f'{i:06d}.png').exists()]
     for rows in (progress or iter)([todo[i:i+batch] for i in range(0, len(todo), batch)]):
         texts = [prompts[i//each] for i in rows]
@@ -246,11 +246,11 @@ def evaluate_prompts(
         if timed: row['seconds'],row['seconds_se'] = latency(draw, prompts, timed)
         if isinstance(m, Preset): row['evaluations'] = m.evaluations
         rows[name] = row
-        write_text(out/name/'row.json', json.dumps(row, indent=1))
+        write_json(out/name/'row.json', row)
         files = folder_images(folder, say=None)
         grid.add(name, files.pixels(range(min(show, len(files)))))
         del draw
-    write_text(out/'table.json', json.dumps(rows, indent=1))
+    write_json(out/'table.json', rows)
     write_text(out/'table.txt', table(plus_minus(with_paper(rows)))+'\n')
     for ending in ('html', 'png'): grid.save(out/f'comparison.{ending}')
     return rows

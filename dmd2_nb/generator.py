@@ -6,7 +6,6 @@
 __all__ = ['FewStepGenerator', 'load_generator']
 
 # %% ../nbs/15b_generator.ipynb #84c30bd0
-import json
 from numbers import Integral
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .assets import data_path
-from .system.atomic import write_text
+from .system.atomic import write_json
 from .core import check_number, rng
 from .noise import check_sigmas
 from .sampling import few_step_batches
@@ -105,7 +104,7 @@ class FewStepGenerator:
             dict(levels=list(self.levels), classes=self.classes, styles=self.styles, **self.meta),
         )
         save_denoiser(self.G, folder/'generator.safetensors', dtype, **facts)
-        write_text(folder/'config.json', json.dumps(facts, indent=1))
+        write_json(folder/'config.json', facts)
         return folder
 
     @classmethod

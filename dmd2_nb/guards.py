@@ -7,7 +7,7 @@ __all__ = ['WATCHED', 'Alarm', 'Limits', 'nonfinite', 'check_weights', 'Guard', 
            'good_before', 'guarded']
 
 # %% ../nbs/43_guards.ipynb #1d15e8e6
-import json, math
+import math
 from dataclasses import asdict, dataclass
 from itertools import islice
 from statistics import median
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backsim import simulate
-from .system.atomic import one_move, write_text
+from .system.atomic import one_move, write_json
 from .core import cond_cat, cond_index, cond_map, rng
 from .denoiser import dsm_errors
 from .health import health
@@ -369,7 +369,7 @@ def write_alarm(
         rows=guard.rows,
         **facts,
     )
-    write_text(folder/f'{name}.json', json.dumps(out, indent=1))
+    write_json(folder/f'{name}.json', out)
     return out
 
 # %% ../nbs/43_guards.ipynb #e486f589

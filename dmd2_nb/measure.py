@@ -17,7 +17,7 @@ from torch import nn, Tensor
 
 from . import __version__
 from .assets import sha256
-from .system.atomic import write_text
+from .system.atomic import write_json
 from .system.tensors import read_metadata
 from .core import rng
 from .evaluate import draw, eval_conds, plus_minus, table
@@ -221,7 +221,7 @@ def measure(
     about = dict(settings=settings, made=ref.made)
     rows,known = {'real images': ref.floor(n)} if ref.n else {},_known(out, about) if out else {}
     def write(rows):
-        if out: write_text(out, json.dumps(about | dict(rows=rows), indent=1))
+        if out: write_json(out, about | dict(rows=rows))
     def add(name, o, seed):
         with _named(name):
             rows[name] = (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .follow import Progress, batches, cond_batches, follow  # handed on
 from .logs import CsvLog, Means, read_log  # handed on
-from .system.atomic import making, naming, write_text
+from .system.atomic import making, naming, vanish, write_json
 from .system.checkpoint import read_signed_json, read_state, steps, write_signed_json
 from .system.tensors import Damaged
 
@@ -47,7 +47,7 @@ class Run:
         afterwards=None,  # Called before other processes are let in: what may be missing, such as pictures
     ):
         "Results last: with them the run is finished"
-        write_text(self/'metrics.json', json.dumps(metrics, indent=1))
+        write_json(self/'metrics.json', metrics)
         if not keep_state: shutil.rmtree(self.state, ignore_errors=True)
         try:
             if afterwards: afterwards()
@@ -120,13 +120,6 @@ def _unlock(folder, fd):
     if own:
         with suppress(OSError): file.unlink()
     if os.name=='posix': os.close(fd)
-
-def _remove(folder):
-    "Delete a run; killed in between, it is gone all the same"
-    gone = folder.with_name(f'.{folder.name}.gone')
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
 
 # %% ../nbs/19_runs.ipynb #5c86685a
 def differences(
@@ -320,7 +313,7 @@ def _next_number(out, asked, prefix, numbers):
     if last and _bare(folder) and any(folder.iterdir()):
         lock = _lock(folder)
         if lock is not None:
-            _remove(folder)
+            vanish(folder)
             os.close(lock)
             last -= 1
     for i in count(last+1):
@@ -387,7 +380,7 @@ def _begin_anew(folder, asked):
     lock = _lock(folder)
     if lock is None:
         raise ValueError(f'{folder} is being written by another process: choose another --name')
-    _remove(folder)
+    vanish(folder)
     os.close(lock)
     return _claim_new(folder, asked)
 

@@ -18,6 +18,7 @@ from dmd2_nb.system.atomic import (
     naming,
     one_move,
     one_move_folder,
+    vanish,
     write_json,
     write_text,
 )
@@ -223,6 +224,23 @@ def test_what_the_user_keeps_beside_it_stays(tmp_path):
     (tmp_path/'run'/'copy-of-step-3.good').mkdir(parents=True)
     for i in (1, 2, 3): save_step(tmp_path/'run', i, writers['checkpoint'])
     assert names(tmp_path/'run') == ['copy-of-step-3.good', 'step-2', 'step-3']
+
+
+def test_a_folder_vanishes_in_one_move(tmp_path, monkeypatch):
+    "Killed while it deletes: the name is free; what an earlier kill has left goes too"
+    from dmd2_nb.system import atomic
+
+    run = tmp_path/'run-1'
+    for _ in range(2):
+        (run/'state').mkdir(parents=True)
+        (run/'state'/'a').write_text('x')
+        with monkeypatch.context() as m:
+            m.setattr(atomic, 'remove', lambda folder: None if not folder.exists() else 1/0)
+            with pytest.raises(ZeroDivisionError): vanish(run)
+        assert names(tmp_path) == ['.run-1.gone']
+        run.mkdir()
+        vanish(run)
+        assert names(tmp_path) == []
 
 
 def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):

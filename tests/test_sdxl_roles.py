@@ -369,6 +369,19 @@ def eval_safe(v):
     return ast.literal_eval(v)
 
 
+def test_advice_where_memory_runs_out_in_spite_of_the_plan():
+    "The error of a notebook and the line of a command carry what the plan says"
+    from dmd2_nb.cli import explained
+    from dmd2_nb.sdxl.adapt import add_advice
+
+    plan = memory_plan(Setup(unet=TINY_SDXL, rank=4, px=512, batch=2))
+    e = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    assert explained(e, 'a smaller --batch').endswith(': a smaller --batch')
+    add_advice(e, plan)
+    assert 'It would fit with batch=1' in explained(e)
+    assert len(explained(e)) <= 600 and e.__notes__ == [e.advice]
+
+
 def test_bad_setups():
     for bad in (
         dict(kind='other'),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..system.atomic import one_move, write_text
+from ..system.atomic import one_move, write_json
 from ..system.lmdb_pages import LMDB
 from ..system.tensors import check_finite, read_tensors
 from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
@@ -201,7 +201,7 @@ def write_shards(
         with one_move(path(k)) as tmp:
             save_file(out, tmp, metadata=dict(prompts=json.dumps(prompts)))
     if facts: plan['made'] = fingerprint(sorted(marks), facts)
-    write_text(folder/'index.json', json.dumps(plan))
+    write_json(folder/'index.json', plan)
     return LatentShards(folder)
 
 # %% ../../nbs/33_sdxl.data.ipynb #c1f7a201

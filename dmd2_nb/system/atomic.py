@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['naming', 'making', 'fsync', 'one_move', 'write_text', 'write_json', 'begin_folder', 'finish_folder', 'drop_folder',
-           'beside', 'remove', 'put_aside', 'recover', 'one_move_folder']
+           'beside', 'remove', 'vanish', 'put_aside', 'recover', 'one_move_folder']
 
 # %% ../../nbs/50_system.atomic.ipynb #c152a1f5
 import errno, json, os
@@ -179,6 +179,13 @@ def remove(folder): # Folder that may be there
             with suppress(OSError):
                 os.rmdir(path) if name in folders and not os.path.islink(path) else os.unlink(path)
     with suppress(OSError): os.rmdir(folder)
+
+def vanish(folder): # Folder that is there
+    "Delete a folder in one move: killed in between, it is gone from under its name all the same"
+    gone = beside(folder, 'gone')
+    remove(gone)
+    Path(folder).rename(gone)
+    remove(gone)
 
 def put_aside(path): # File that cannot be used
     "Give a file another name that is still free, and return it"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-from .atomic import write_text
+from .atomic import write_json
 from .tensors import few
 
 # %% ../../nbs/52_system.plan.ipynb #02640c31
@@ -261,7 +261,7 @@ def keep_plan(
             raise ValueError(
                 f'{folder} holds {stray.name} and no {name}: what it was made from is not known; take another folder'
             )
-        write_text(path, json.dumps(facts, indent=1))
+        write_json(path, facts)
     elif differ := differences(was, facts):
         what = few(differ, 4, '; ')
         raise ValueError(
