@@ -2,7 +2,8 @@
 
 Pickles out of the reader's own instructions, keys that collide, archives whose entries lie, and
 damaged LMDB pages. Each input ends in a value or in one line. Prints one line of JSON."""
-import io, json, os, random, struct, sys, time, zipfile
+import bz2, io, json, lzma, os, pickle, random, signal, struct, sys, time, warnings, zipfile, zlib
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,10 +20,14 @@ CODES = {name: code for code, (name, _, _) in OPCODES.items()}
 PRIME = sys.hash_info.modulus  # whole numbers that differ by it have one hash
 
 
+def string(t):
+    "A text, as a pickle holds it"
+    return CODES['BINUNICODE'] + struct.pack('<I', len(t.encode())) + t.encode()
+
+
 def text(dice):
-    "A short text, as a pickle holds it"
-    b = dice.choice(('x', 'latin1', 'ü' * 9, '_tensor_type', 'f4', '')).encode()
-    return CODES['BINUNICODE'] + struct.pack('<I', len(b)) + b
+    "A short text"
+    return string(dice.choice(('x', 'latin1', 'ü' * 9, '_tensor_type', 'f4', '')))
 
 
 def name(dice):
@@ -112,14 +117,34 @@ def npy(shape, dtype='|u1', data=b''):
     return f.getvalue() + data
 
 
-ZEROS = bytes(2**20)
+MIB = {zipfile.ZIP_DEFLATED: 1000, zipfile.ZIP_BZIP2: 1700, zipfile.ZIP_LZMA: 1700}
 
 
-def large(z, entry, mib, head=b''):
-    "An entry of so many MiB, nearly nothing when packed"
-    with z.open(entry, 'w', force_zip64=True) as f:
-        f.write(head)
-        for _ in range(mib): f.write(ZEROS)
+@cache
+def packed(how):
+    "As many MiB of zeros behind the head of an array, nearly nothing by a method of zips"
+    if how == zipfile.ZIP_DEFLATED: packer, out = zlib.compressobj(1, zlib.DEFLATED, -15), b''
+    elif how == zipfile.ZIP_BZIP2: packer, out = bz2.BZ2Compressor(), b''
+    else:
+        filters = [dict(id=lzma.FILTER_LZMA1, preset=0)]
+        packer = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=filters)
+        out = b'\x09\x04\x05\x00' + lzma._encode_filter_properties(filters[0])
+    out, zeros = [out, packer.compress(npy((4, 8, 8, 3)))], bytes(2**20)
+    out += [packer.compress(zeros) for _ in range(MIB[how])]
+    return b''.join(out) + packer.flush()
+
+
+def claim(raw, how, size):
+    "The entries that are large when unpacked say so, or say another size"
+    b = bytearray(raw)
+    with zipfile.ZipFile(io.BytesIO(raw)) as z: entries, at = z.infolist(), z.start_dir
+    for o in entries:
+        if o.file_size == len(packed(how)):
+            for place, begin in ((8, o.header_offset), (10, at)):
+                b[begin+place:begin+place+2] = struct.pack('<H', how)
+                b[begin+place+14:begin+place+18] = struct.pack('<I', size)
+        at += 46 + len(o.filename.encode()) + len(o.extra) + len(o.comment)
+    return bytes(b)
 
 
 def lie(raw, dice):
@@ -135,41 +160,77 @@ def lie(raw, dice):
     return bytes(b)
 
 
+LARGE_KINDS = ('unused', 'wanted', 'understated')
+
+
+@cache
+def made(kind, ends, how, n):
+    "The bytes of a zip; its large entries are to be given their method and size by `claim`"
+    out = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, 'w') as z:
+        warnings.simplefilter('ignore')
+        if ends == '.pt': z.writestr('archive/data.pkl', storage_pickle(n))
+        if ends == '.npz' and kind != 'understated':
+            z.writestr('images.npy', npy((4, 8, 8, 3), data=bytes(768)))
+        one = {'.zip': 'a.png', '.pt': 'archive/data/0', '.npz': 'labels.npy'}[ends]
+        if kind == 'unused' and ends == '.npz':
+            for i in range(2): z.writestr(f'extra{i}.npy', packed(how))
+        elif kind == 'understated' and ends == '.npz': z.writestr('images.npy', packed(how))
+        elif kind in LARGE_KINDS: z.writestr(one, packed(how))
+        elif kind == 'many':
+            for i in range(n): z.writestr(f'{i}/', b'')
+        elif kind == 'twice':
+            for _ in range(n): z.writestr('same/', b'')
+        else: z.writestr(one, npy((4,), '<i8', bytes(32)), how)
+    return out.getvalue()
+
+
+def storage_pickle(n):
+    "What torch.save would write for one tensor of n bytes"
+    size = CODES['BININT'] + struct.pack('<i', n)
+    storage = string('storage') + b'ctorch\nByteStorage\n' + string('0') + string('cpu') + size
+    return (b'\x80\x02}' + string('a') + b'ctorch._utils\n_rebuild_tensor_v2\n((' + storage
+            + b'tQK\0' + size + b'\x85K\1\x85\x89ccollections\nOrderedDict\n)RtRs.')
+
+
+def share(raw, n):
+    "The table lists one entry many times over"
+    i, j = raw.find(b'PK\1\2'), raw.find(b'PK\5\6')
+    table = raw[i:j]*n
+    end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, n % 65536, n % 65536, len(table), i, 0)
+    return raw[:i]+table+end
+
+
+def remember(raw):
+    "Every LZMA entry wants 4 GiB to unpack with"
+    b = bytearray(raw)
+    i = b.find(b'PK\3\4')
+    while i >= 0:
+        at = i+30+sum(struct.unpack_from('<HH', b, i+26))+5
+        if at+4 <= len(b): b[at:at+4] = b'\xff'*4
+        i = b.find(b'PK\3\4', i+4)
+    return bytes(b)
+
+
+KINDS = (*LARGE_KINDS, *LARGE_KINDS, 'many', 'twice', 'lying', 'lying', 'shared', 'dictionary')
+METHODS = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+
+
 def archive(path, dice):
     "A zip that wants too much; the kind and who reads it"
-    kind = dice.choice(('unused', 'wanted', 'many', 'twice', 'lying', 'shared', 'packed'))
-    ends = dice.choice(('.npz', '.zip', '.pt'))
-    if kind == 'packed': how = dice.choice((zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2))
-    else: how = zipfile.ZIP_DEFLATED
+    kind, ends, how = (dice.choice(o) for o in (KINDS, ('.npz', '.zip', '.pt'), METHODS))
+    if kind in ('many', 'twice', 'shared'): how = zipfile.ZIP_DEFLATED
+    if kind == 'dictionary': how = zipfile.ZIP_LZMA
+    size = MIB[how]*2**20 if kind != 'understated' else dice.choice((0, 5, 896, 10_000))
+    n = dice.choice((2, 3000, 30_000)) if kind in ('many', 'twice') else size
+    raw = made(kind, ends, how, n)
+    if kind in LARGE_KINDS: raw = claim(raw, how, size)
+    if kind == 'lying': raw = lie(raw, dice)
+    if kind == 'shared': raw = share(raw, dice.choice((150, 20_000)))
+    if kind == 'dictionary': raw = remember(raw)
     path = path.with_suffix(ends)
-    with zipfile.ZipFile(path, 'w', how) as z:
-        good = npy((4, 8, 8, 3), data=bytes(768))
-        if ends == '.npz': z.writestr('images.npy', good)
-        if ends == '.pt': z.writestr('archive/data.pkl', b'\x80\x02}q\x00.')
-        mib = 150 if kind == 'packed' else dice.choice((300, 600))
-        if kind in ('unused', 'packed') and ends == '.npz':
-            for i in range(2): large(z, f'extra{i}.npy', mib, npy((mib*2**20,)))
-        elif kind in ('wanted', 'unused', 'packed'):
-            large(z, {'.zip': 'a.png', '.pt': 'archive/data/0', '.npz': 'labels.npy'}[ends], mib)
-        elif kind == 'many':
-            for i in range(dice.choice((2000, 30_000))): z.writestr(f'{i}/', b'')
-        elif kind == 'twice':
-            import warnings
-
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                for _ in range(dice.choice((2, 3000))): z.writestr('same/', b'')
-        else: z.writestr('labels.npy' if ends == '.npz' else 'a.png', npy((4,), '<i8', bytes(32)))
-    raw = path.read_bytes()
-    if kind == 'lying': path.write_bytes(lie(raw, dice))
-    if kind == 'shared':  # the table lists one entry many times over
-        i = raw.find(b'PK\1\2')
-        j = raw.find(b'PK\5\6')
-        n = dice.choice((150, 20_000))
-        table = raw[i:j]*n
-        end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, n % 65536, n % 65536, len(table), i, 0)
-        path.write_bytes(raw[:i]+table+end)
-    return path, f'{kind} {ends}'
+    path.write_bytes(raw)
+    return path, f'{kind} {ends} {how}'
 
 
 def read_archive(path):
@@ -212,6 +273,17 @@ def pages(raw, dice):
     return bytes(b)
 
 
+def in_a_file(folder, data, zipped):
+    "The pickle as what torch.save has written, in its new or in its old form"
+    path = folder/'state.pt'
+    if zipped:
+        with zipfile.ZipFile(path, 'w') as z: z.writestr('archive/data.pkl', data)
+    else:
+        head = [0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True, protocol_version=1001)]
+        path.write_bytes(b''.join(pickle.dumps(o, 2) for o in head) + data + pickle.dumps([], 2))
+    return path
+
+
 def main(folder, n, seed=0):
     folder, dice = Path(folder), random.Random(seed)
     (folder/'good').mkdir()
@@ -219,9 +291,13 @@ def main(folder, n, seed=0):
     (folder/'db').mkdir()
     base, out, wrong = most(), {}, []
 
+    def late(*_): raise TimeoutError('over a minute')
+    if hasattr(signal, 'SIGALRM'): signal.signal(signal.SIGALRM, late)
+
     def attempt(strategy, what, read, *args):
-        begun = time.perf_counter()
         o = out.setdefault(strategy, dict(inputs=0, read=0, refused=0, slowest=0.))
+        if hasattr(signal, 'SIGALRM'): signal.alarm(60)
+        begun = time.perf_counter()
         try:
             read(*args)
             o['read'] += 1
@@ -229,18 +305,23 @@ def main(folder, n, seed=0):
             o['refused'] += 1
             if '\n' in str(e) or len(str(e)) > 600: wrong.append(f'{what}: {e}'[:300])
         except BaseException as e: wrong.append(f'{what}: {type(e).__name__}: {e}'[:300])
+        took = time.perf_counter()-begun
+        if hasattr(signal, 'SIGALRM'): signal.alarm(0)
         o['inputs'] += 1
-        o['slowest'] = max(o['slowest'], round(time.perf_counter()-begun, 2))
+        if took > o['slowest']: o['slowest'], o['slowest_is'] = round(took, 2), what
         o['most_mib'] = max(o.get('most_mib', 0), round((most()-base)/1024))
 
-    for i in range(n): attempt('grammar', f'grammar {i}', read_pickle, grammar(dice))
-    for i in range(max(6, n//200)): attempt('colliding', f'colliding {i}', read_pickle, colliding(dice))
-    for i in range(n//8):
+    for i in range(10*n):
+        data = grammar(dice)
+        if i % 20: attempt('grammar', f'grammar {i}', read_pickle, data)
+        else: attempt('grammar', f'grammar {i} in a file', read_state_dict, in_a_file(folder, data, i % 40))
+    for i in range(max(6, n//100)): attempt('colliding', f'colliding {i}', read_pickle, colliding(dice))
+    for i in range(n):
         file = folder/'db'/'data.mdb'
         file.unlink(missing_ok=True)
         file.write_bytes(pages(raw, dice))
         attempt('pages', f'pages {i}', lambda: in_memory(ImageLMDB(folder/'db')))
-    for i in range(max(24, n//80)):
+    for i in range(max(60, n//20)):
         path, kind = archive(folder/f'bomb{i}', dice)
         attempt('archives', f'archive {i} ({kind})', read_archive, path)
         path.unlink()

@@ -1,15 +1,17 @@
 """Files that can't harm: pickles by the thousand, archives that unpack to absurd sizes or climb
 out, headers and configs that lie"""
-import json, os, re, resource, struct, subprocess, sys, zipfile, zlib
+import io, json, os, re, resource, struct, subprocess, sys, tracemalloc, zipfile, zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from dmd2_nb.system.checkpoint import load_folder, save_folder
-from dmd2_nb.system.tensors import MAX_HEADER, read_tensors, shard_index
+from dmd2_nb.system.tensors import MAX_HEADER, read_state_dict, read_tensors, shard_index
+from dmd2_nb.system.zips import checked_zip, read_npz
 from dmd2_nb.core import checked
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.distill import DMD2Config, toy_config
@@ -295,6 +297,67 @@ def test_zip_bombs(tmp_path):
         archive(tmp_path / 'wide.zip', {'a.png': png(20_000, 20_000)}),
     )
     one_line('over the limit', ImageZip, archive(tmp_path/'fat.zip', {'a.png': b'\0'*(2**28+1)}))
+
+
+def understated(path, how, name, size=2**26, says=5):
+    "A zip with one entry of zeros whose table and head claim that it has a few bytes"
+    with zipfile.ZipFile(path, 'w', how) as z: z.writestr(name, bytes(size))
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(struct.pack('<I', size), struct.pack('<I', says)))
+    return path
+
+
+@pytest.mark.parametrize('how', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize('name, read', [
+    ('a.png', lambda p: checked_zip(p).read('a.png')), ('labels.npy', lambda p: read_npz(p, ['labels'])),
+    ('a.png', ImageZip), ('x/data.pkl', read_state_dict)], ids=['zip', 'npz', 'images', 'torch'])
+def test_entries_that_hold_more_than_they_claim(tmp_path, how, name, read):
+    "64 MB behind a claim of 5 bytes: no more than that is unpacked"
+    path = understated(tmp_path/'a.zip', how, name)
+    tracemalloc.start()
+    try:
+        one_line('Bad CRC-32|dataset.json|not a readable npz|not the magic|Bad magic|damaged', read, path)
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally: tracemalloc.stop()
+
+
+@pytest.mark.parametrize('keep', [2**32-1, 2**28+1])
+def test_lzma_that_wants_memory(tmp_path, keep):
+    "An entry says how much of the past must be kept to unpack it; what is usual is read"
+    path = tmp_path/'a.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_LZMA) as z: z.writestr('note', b'hello'*99)
+    assert checked_zip(path).read('note') == b'hello'*99
+    raw = bytearray(path.read_bytes())
+    begin = raw.index(b'note')+len('note')
+    assert raw[begin+2:begin+4] == b'\5\0'
+    for good in (2**12, 2**26):  # the usual ones
+        raw[begin+5:begin+9] = struct.pack('<I', good)
+        path.write_bytes(raw)
+        assert checked_zip(path).read('note') == b'hello'*99
+    raw[begin+5:begin+9] = struct.pack('<I', keep)
+    path.write_bytes(raw)
+    one_line(f"'note' wants {keep:,} bytes to unpack with", lambda: checked_zip(path).read('note'))
+    raw[begin+2:begin+9] = b'\5\0'+b'\xff'*5
+    path.write_bytes(raw)
+    one_line('does not begin as LZMA', lambda: checked_zip(path).read('note'))
+
+
+@pytest.mark.parametrize('how', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packed_arrays_are_read_whole(tmp_path, how):
+    "Larger than the pieces that are unpacked at a time, and noise; one wrong bit is noticed"
+    a = np.random.RandomState(0).randint(0, 256, (3, 200, 211), 'uint8')
+    f = io.BytesIO()
+    np.save(f, a)
+    path = tmp_path/'a.npz'
+    with zipfile.ZipFile(path, 'w', how) as z:
+        z.writestr('a.npy', f.getvalue())
+        z.writestr('empty.npy', b'')
+    assert np.array_equal(read_npz(path, ['a'])['a'], a)
+    assert checked_zip(path).read('empty.npy') == b''
+    raw = bytearray(path.read_bytes())
+    raw[len(raw)//2] ^= 16
+    path.write_bytes(raw)
+    one_line('a.npz: not a readable npz file', read_npz, path, ['a'])
 
 
 def test_labels_name_no_files(tmp_path):

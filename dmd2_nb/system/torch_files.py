@@ -23,7 +23,7 @@ from dmd2_nb.system.safe_pickle import (
     read_torch_stream,
     storage_id,
 )
-from .zips import checked_zip
+from .zips import UNREADABLE, checked_zip
 
 # %% ../../nbs/51a_system.torch_files.ipynb #a2945d20
 LARGE = 2**30 # Bytes of a file from which on its tensors stay on the disk until they are used
@@ -41,7 +41,7 @@ def read_torch_file(
     try:
         with checked_zip(path, max_bytes=2**44) as z: return _read_zip(z, path)
     except RefusedPickle as e: raise RefusedPickle(f'{path} is refused: {_line(e)}') from None
-    except DAMAGE as e:
+    except (*DAMAGE, *UNREADABLE) as e:
         raise ValueError(f'{path} is truncated or damaged ({_line(e, path)})') from None
 
 def _line(e, path=''):
