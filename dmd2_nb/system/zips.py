@@ -46,6 +46,7 @@ def _count_entries(f):
         if found>MAX_ENTRIES: raise ValueError(f'it lists more than {MAX_ENTRIES:,} entries')
     return found
 
+# %% ../../nbs/50a_system.zips.ipynb #c1f7a4e4
 def _check_table(entries, size):
     "No name twice, no bytes twice, and all bytes within the file"
     names = set()
