@@ -90,6 +90,7 @@ class _Packed(io.RawIOBase):
             raise zipfile.BadZipFile(f"Bad CRC-32 for '{self.name}'")
         return len(data)
 
+# %% ../../nbs/50a_system.zips.ipynb #c1f7a4e5
 def _as_stored(entry):
     "The same bytes of an archive, as they lie there"
     raw = copy(entry)
