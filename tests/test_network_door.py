@@ -124,6 +124,71 @@ def test_v_prediction_is_noticed(tmp_path):
                 check_start(wrong(make_unet()), source)
 
 
+@pytest.mark.parametrize('mark, metadata, told', [
+    ('v_pred', None, 'v_prediction'), (None, {'modelspec.prediction_type': 'v'}, 'v_prediction'),
+    ('edm_vpred.sigma_max', None, 'what EDM does'), (None, {'modelspec.prediction_type': 'epsilon'}, 'epsilon'), (None, None, None)])
+@pytest.mark.parametrize('ending', ['safetensors', 'bin'])
+def test_files_that_mark_their_prediction(tmp_path, mark, metadata, told, ending):
+    "One file with no pipeline around it: a tensor without numbers, or a line of its metadata"
+    from dmd2_nb.sdxl.adapt import check_start
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    if metadata and ending == 'bin': pytest.skip('such files have no metadata')
+    file = tmp_path/f'u.{ending}'
+    sd = make_unet().state_dict() | ({mark: torch.zeros(0)} if mark else {})
+    if ending == 'bin': torch.save(sd, file)
+    else: save_file(sd, file, metadata=metadata)
+    u = load_dmd2_unet(file, TINY_SDXL)
+    kinds = dict(epsilon=EpsDenoiser, v_prediction=VDenoiser)
+    for name, kind in kinds.items():
+        if told in (name, None):
+            kind(u)
+            check_start(kind(make_unet()), file)
+            continue
+        word = f'take {kinds[told].__name__}' if told in kinds else 'no denoiser here does'
+        with pytest.raises(ValueError, match=f'predicts {told}: {word}'): kind(u)
+        with pytest.raises(ValueError, match='cannot be mixed'): check_start(kind(make_unet()), file)
+
+
+@pytest.mark.parametrize('change', [
+    dict(rescale_betas_zero_snr=True), dict(beta_schedule='linear'), dict(beta_end=0.02), dict(trained_betas=[0.1]*1000)])
+def test_another_noise_schedule_is_noticed(tmp_path, change):
+    "The schedule of a pipeline is not the one that is taken where none is given"
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from dmd2_nb.sdxl.adapter import alphas_cumprod
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet, tiny_pipeline
+    p = tiny_pipeline()
+    p.scheduler = EulerDiscreteScheduler.from_config(p.scheduler.config, **change)
+    p.save_pretrained(tmp_path/'p')
+    at = tmp_path/'p'/'unet'
+    for u in (UNet2DConditionModel.from_pretrained(at), load_dmd2_unet(at, TINY_SDXL)):
+        with pytest.raises(ValueError, match=f'another noise schedule .*{next(iter(change))}.*abar=') as e:
+            EpsDenoiser(u)
+        assert len(str(e.value)) <= 600
+        EpsDenoiser(u, alphas_cumprod(beta_end=0.02))
+        FlowDenoiser(make_unet())
+
+
+def test_a_file_marks_a_schedule_without_signal(tmp_path):
+    from dmd2_nb.sdxl.adapter import alphas_cumprod
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    save_file(make_unet().state_dict() | dict(v_pred=torch.zeros(0), ztsnr=torch.zeros(0)), tmp_path/'u.safetensors')
+    u = load_dmd2_unet(tmp_path/'u.safetensors', TINY_SDXL)
+    with pytest.raises(ValueError, match='rescale_betas_zero_snr True'): VDenoiser(u)
+    VDenoiser(u, alphas_cumprod())
+
+
+def test_a_pipeline_of_edm_is_refused(tmp_path):
+    "Its scheduler says epsilon, and means another network around it"
+    from diffusers import EDMEulerScheduler
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet, tiny_pipeline
+    p = tiny_pipeline()
+    p.scheduler = EDMEulerScheduler()
+    p.save_pretrained(tmp_path/'p')
+    u = load_dmd2_unet(tmp_path/'p'/'unet', TINY_SDXL)
+    for kind in (EpsDenoiser, VDenoiser, FlowDenoiser):
+        with pytest.raises(ValueError, match='predicts what EDM does: no denoiser here does'): kind(u)
+
+
 def test_files_are_mended_when_they_are_opened(tmp_path):
     from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
     unet = make_unet(sample_size=8)

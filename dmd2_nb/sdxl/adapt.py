@@ -25,16 +25,10 @@ from ..system.plan import content_hash, fingerprint
 from ..layers.lora import check_lora, open_lora
 from ..layers.lora_names import is_lora, sort_lora
 from ..system.texts import read_text
-from ..system.tensors import misfit, read_metadata, read_shapes, read_state_dict, weight_files
+from ..system.tensors import misfit, read_shapes, read_state_dict, weight_files
 from ..train import save_state
-from dmd2_nb.sdxl.adapter import (
-    PREDICTIONS,
-    SDXL_UNET,
-    SigmaDenoiser,
-    said_prediction,
-    unet_prediction,
-)
-from .checkpoints import export_lora, load_dmd2_lora
+from .adapter import SDXL_UNET, SigmaDenoiser, said_prediction, unet_prediction
+from .checkpoints import MARKS, export_lora, load_dmd2_lora, told_inside
 from .conditioning import zero_uncond
 from .lora import AdapterNet
 from .recipe import distill_sdxl, sdxl_dmd2, sdxl_lora_config
@@ -61,14 +55,9 @@ def describe(
         shapes = {k: tuple(v.shape) for k,v in net.state_dict().items()}
         return Described(type(net).__name__, shapes, kind or unet_prediction(net))
     path = network_path(source)
-    files,_ = weight_files(path, None)
-    notes = [
-        read_metadata(f).get('modelspec.prediction_type')
-        for f in files
-        if f.suffix == '.safetensors'
-    ]
-    told = said_prediction(path) or next((PREDICTIONS[o] for o in notes if o in PREDICTIONS), None)
-    return Described(str(source), read_shapes(path, say=None), told)
+    shapes = read_shapes(path, say=None)
+    told = told_inside(path, shapes)[0] or said_prediction(path)
+    return Described(str(source), {k: s for k,s in shapes.items() if k not in MARKS}, told)
 
 # %% ../../nbs/39b_adapt.ipynb #c9a63e9d
 def network_path(
