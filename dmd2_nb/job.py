@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['images_facts', 'open_data', 'open_teacher', 'open_judge', 'Job', 'draw_picture', 'class_names', 'first_networks',
-           'begun']
+           'begun', 'write_weights']
 
 # %% ../nbs/26c_job.ipynb #a13635a1
 from copy import deepcopy
@@ -18,6 +18,7 @@ from .assets import data_path
 from .core import to_device
 from .evaluate import Judge, extractor
 from .follow import Progress
+from .guards import check_weights
 from .images import CLASS_NAMES, ImageData, in_memory, match_classes, open_images
 from .recipes import Recipe
 from .runs import claim_run
@@ -26,7 +27,7 @@ from .system.image_names import some
 from .system.plan import WHOLE, content_hash, fingerprint
 from .system.tensors import load_into
 from .teacher import load_dmd2_edm, load_edm
-from .weights import load_denoiser
+from .weights import load_denoiser, save_denoiser
 
 # %% ../nbs/26c_job.ipynb #55bca38a
 def images_facts(
@@ -242,3 +243,15 @@ def begun(
 )->Path:
     "The checkpoint of an earlier run, or the folder itself"
     return newest(Path(begin)/'state') or newest(begin) or Path(begin)
+
+# %% ../nbs/26c_job.ipynb #637cff51
+def write_weights(
+    net,     # Teacher or generator
+    path,    # .safetensors file
+    step,    # Iteration, for the message
+    **facts, # That the file keeps
+)->Path:
+    "Write weights in half precision; what is no number is refused before"
+    check_weights({path.stem: net}, step)
+    return save_denoiser(net, path, torch.float16, **facts)
+

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from dmd2_nb import cli, jobs, recipes
+from dmd2_nb import cli, jobs, recipes, teacher_job
 from dmd2_nb.system.checkpoint import load_folder, steps
 from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
@@ -224,13 +224,14 @@ def killed_inside(job, folder, events, choose):
 def ticking(pipe, pause=0.):
     "Tells the other end of a pipe of each iteration"
     def arm():
-        f = jobs.follow
+        f = {o: o.follow for o in (jobs, teacher_job)}
         def ticks(logs):
             for o in logs:
                 os.write(pipe, b'.')
                 if pause: time.sleep(pause)
                 yield o
-        jobs.follow = lambda logs, *args, **kwargs: f(ticks(logs), *args, **kwargs)
+        def ticking(o): return lambda logs, *args, **kwargs: f[o](ticks(logs), *args, **kwargs)
+        for o in f: o.follow = ticking(o)
     return arm
 
 

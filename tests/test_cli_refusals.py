@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2_nb import cli, jobs, recipes, runs
+from dmd2_nb import cli, job, jobs, recipes, runs, sheets, teacher_job
 from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
@@ -291,7 +291,7 @@ def test_full_in_the_middle_then_room_again(line, file, run, here, capsys, no_pi
 places = {  # what is written -> where the disk is full, and from which byte on
     'config.json': (runs, 'write_signed_json', 100),
     'log.csv': (runs.CsvLog, 'add', 10),
-    'generator.safetensors': (jobs, 'save_denoiser', 4000),
+    'generator.safetensors': (job, 'save_denoiser', 4000),
     'metrics.json': (runs.Run, 'finish', 20),
 }
 
@@ -322,13 +322,13 @@ def test_full_anywhere(file, here, capsys, ends, monkeypatch):
 @pytest.mark.parametrize('file, name, size', [('grids/000009.png', 'save_figure', 500), ('samples.png', 'draw_pairs', 500)])
 def test_full_when_a_picture_is_drawn(file, name, size, here, capsys, ends, monkeypatch):
     "A picture is not worth a run: one line names it, and the run is finished with all that counts"
-    end, folder, f = unbroken(ends, good, 'generator.safetensors'), here/'runs'/'fashion16-1', getattr(cli, name)
+    end, folder, f = unbroken(ends, good, 'generator.safetensors'), here/'runs'/'fashion16-1', getattr(sheets, name)
     def no_room(*args, **kwargs):
         with disk_with(size): return f(*args, **kwargs)
     r = recipes.RECIPES['fashion16']
     monkeypatch.setitem(recipes.RECIPES, 'fashion16', replace(r, every=r.every | dict(show=9)))
-    monkeypatch.setattr(cli, name, no_room)
-    monkeypatch.setattr(cli, 'PICTURES', {k: getattr(cli, f'draw_{k}') for k in cli.PICTURES})
+    monkeypatch.setattr(sheets, name, no_room)
+    monkeypatch.setattr(cli, 'PICTURES', {k: getattr(sheets, f'draw_{k}') for k in cli.PICTURES})
     capsys.readouterr()
     assert call(good) == 0
     said = capsys.readouterr().out
@@ -402,12 +402,13 @@ def test_folders_of_runs(here, capsys, no_pictures):
 
 def interrupt(monkeypatch, at, name='train', when=KeyboardInterrupt):
     "Stop the loop of a job after so many iterations"
-    f = getattr(jobs, name)
+    where = teacher_job if name == 'train_teacher' else jobs
+    f = getattr(where, name)
     def stopped(*args, **kwargs):
         for i, log in enumerate(f(*args, **kwargs), 1):
             yield log
             if i == at: raise when
-    monkeypatch.setattr(jobs, name, stopped)
+    monkeypatch.setattr(where, name, stopped)
 
 
 @pytest.mark.parametrize('options', ['', ' --name mine'])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2_nb import cli, jobs, recipes
+from dmd2_nb import cli, jobs, recipes, teacher_job
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 net = dict(
@@ -207,7 +207,7 @@ def test_no_memory(kind, here, capsys, monkeypatch):
     refused(
         distil, capsys, 'dmd2_distill: not enough memory', '--accum 2', '--batch', folder='stays'
     )
-    monkeypatch.setattr(jobs, 'train_teacher', full)
+    monkeypatch.setattr(teacher_job, 'train_teacher', full)
     refused(
         teach, capsys, 'dmd2_train_teacher: not enough memory', 'smaller --batch', folder='stays'
     )
@@ -242,7 +242,7 @@ def test_mistakes_of_the_program_show_themselves(error, here, monkeypatch):
     with pytest.raises(type(error)): cli.main(distil.split())
     monkeypatch.setattr(jobs, 'open_model', wrong)
     with pytest.raises(type(error)): cli.main('sample teacher.safetensors'.split())
-    monkeypatch.setattr(jobs, 'open_data', wrong)
+    monkeypatch.setattr(teacher_job, 'open_data', wrong)
     with pytest.raises(type(error)): cli.main(teach.split())
 
 

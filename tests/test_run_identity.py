@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2_nb import cli, jobs, recipes, runs
+from dmd2_nb import cli, jobs, recipes, runs, teacher_job
 from dmd2_nb.job import images_facts
 from dmd2_nb.logs import CsvLog, read_log
 from dmd2_nb.runs import claim_run, finished, run_config
@@ -86,16 +86,20 @@ def tell(capsys):
     return go
 
 
+def room_of(loop): return teacher_job if loop == 'train_teacher' else jobs
+
+
 def stopped(monkeypatch, tell, line, at=5):
     "The command, with Ctrl-C at an iteration"
     loop = 'train_teacher' if line.startswith('train') else 'train'
-    f = getattr(jobs, loop)
+    where = room_of(loop)
+    f = getattr(where, loop)
     def breaks(*args, **kwargs):
         for i, log in enumerate(f(*args, **kwargs), 1):
             yield log
             if i == at: raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(jobs, loop, breaks)
+        m.setattr(where, loop, breaks)
         assert tell(line)[0] == 130
 
 
@@ -569,11 +573,11 @@ def test_files_have_the_usual_rights(job, here, tell):
 @both
 def test_nothing_is_exported_from_a_loss_that_is_none(job, here, tell, monkeypatch):
     line, loop, first, file, _ = jobs_of[job]
-    f = getattr(jobs, loop)
+    f = getattr(room_of(loop), loop)
     def sick(*args, **kwargs):
         for i, log in enumerate(f(*args, **kwargs)):
             yield {k: v*float('nan') if i == 8 and 'loss' in k else v for k, v in log.items()}
-    monkeypatch.setattr(jobs, loop, sick)
+    monkeypatch.setattr(room_of(loop), loop, sick)
     code, said = tell(line + (' --guard off' if job == 'distill' else ''))
     assert code == 2 and 'diverged at step 9' in said
     assert not (here/'runs'/first/file).exists() and not (here/'runs'/first/'metrics.json').exists()
@@ -582,21 +586,22 @@ def test_nothing_is_exported_from_a_loss_that_is_none(job, here, tell, monkeypat
 @both
 def test_nothing_is_exported_from_weights_that_are_none(job, here, tell, monkeypatch):
     "Broken after the last checkpoint was written"
-    line, _, first, file, _ = jobs_of[job]
-    f = jobs.follow
+    line, loop, first, file, _ = jobs_of[job]
+    where = room_of(loop)
+    f = where.follow
     def breaks(*args, **kwargs):
         seconds = f(*args, **kwargs)
         for net in nets: next(net.parameters()).data.view(-1)[0] = float('inf')
         return seconds
-    nets, check = [], jobs.check_weights
+    nets, check = [], teacher_job.check_weights
     monkeypatch.setattr(
-        jobs, 'check_weights', lambda d, step: nets.extend(d.values()) or check(d, step)
+        teacher_job, 'check_weights', lambda d, step: nets.extend(d.values()) or check(d, step)
     )
     if job == 'distill':
         made = jobs.DMD2
         monkeypatch.setattr(
             jobs, 'DMD2', lambda *a, **k: [d := made(*a, **k), nets.append(d.ema.net)][0]
         )
-    monkeypatch.setattr(jobs, 'follow', breaks)
+    monkeypatch.setattr(where, 'follow', breaks)
     code, said = tell(line)
     assert code == 2 and 'not finite' in said and not (here/'runs'/first/file).exists()
