@@ -43,8 +43,8 @@ def _run_options(p):
         'recipe',
         nargs='?',
         default='fashion16',
-        help='fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, '
-        'imagenet64-resume or imagenet64-fastgen',
+        help='a recipe (fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, '
+        'imagenet64-resume, imagenet64-fastgen), or images of your own: a zip, npz, LMDB or folder',
     )
     add('--out', default='runs', help='folder of all runs')
     add(
@@ -71,11 +71,26 @@ def _run_options(p):
     add('--graph', action='store_true', help='replay updates as CUDA graphs')
     add('--compile', action='store_true', help='torch.compile the networks')
 
+# %% ../nbs/90_cli.ipynb #31a61f20
+def _known_or_own(a):
+    "The recipe by its name, or one made for the images at a path; these then count as --data"
+    from dmd2_nb.own import find_teacher, is_recipe, own_images, own_name, said_of
+    from dmd2_nb.recipes import recipe, recipe_for
+    if is_recipe(a.recipe): return recipe(a.recipe)
+    if a.data: raise ValueError(f'{a.recipe} are images already: leave out --data, or give a recipe')
+    data,a.data = own_images(a.recipe),a.recipe
+    r = recipe_for(data, own_name(a.recipe))
+    print(said_of(data, r))
+    if getattr(a, 'teacher', 0) is None:
+        a.teacher = find_teacher(a.out, data, a.recipe)
+        print(f'teacher: {a.teacher}')
+    return r
+
+
 # %% ../nbs/90_cli.ipynb #2056d196
 def _recipe(a):
     "The recipe with what was asked for"
-    from dmd2_nb.recipes import recipe
-    r = recipe(a.recipe)
+    r = _known_or_own(a)
     given = dict(save=a.save_every, eval=a.eval_every, keep=getattr(a, 'keep_every', None))
     given = {k: v for k,v in given.items() if v is not None}
     at_least(1, batch=a.batch, save_every=a.save_every)

@@ -83,7 +83,9 @@ def open_model(
     model = FewStepGenerator(
         D, levels or (D.sigma_max,), meta.pop('classes', ()), meta.pop('styles', ()), **meta
     )
-    own = RECIPES[meta['data']].sampler if meta.get('data') in RECIPES else dict(steps=32)
+    own = meta.get('sampler') or (
+        RECIPES[meta['data']].sampler if meta.get('data') in RECIPES else dict(steps=32)
+    )
     return (
         student_sampler(D, levels)
         if levels

@@ -176,6 +176,7 @@ def finish_teacher(
         data=r.data,
         classes=class_names(data),
         styles=data.style_names,
+        **({} if r.bundled else dict(sampler=r.sampler)),  # a recipe by name has its own
     )
     teacher,_ = load_denoiser(file, device)
     if job.say:

@@ -14,7 +14,7 @@ floors = {
     10.5: 'sheets',
     10: 'imagenet64 measure',
     9: 'jobs',
-    8.5: 'teacher_job',
+    8.5: 'own teacher_job',
     8: 'job coco_eval sdxl.mini sdxl.adapt',
     7: 'dashboard evaluate sdxl.recipe sdxl.judge',
     6.5: 'sdxl.pretrain',
