@@ -120,6 +120,9 @@ def npz_images(
     elif x.ndim==4 and x.shape[-1] in (1,3): x = x.transpose(0, 3, 1, 2)
     names = tuple(str(o) for o in arrays.get('class_names', np.empty(0)).ravel())
     labels = cond = width = None
+    if y is None:
+        more = [n for n in npz_names(path) if n not in ('images', 'arr_0', 'class_names')]
+        tell(more and f"{path}: no 'labels' or 'arr_1'; left out: {some(more)}")
     if y is not None: labels,cond,width = array_labels(y, len(x) if x.ndim else 0, path)
     if labels is not None and len(labels)==len(x):
         if width and not names: names = tuple(map(str, range(width)))

@@ -1,8 +1,9 @@
 """Files that can't harm: pickles by the thousand, archives that unpack to absurd sizes or climb
 out, headers and configs that lie"""
-import io, json, os, re, resource, struct, subprocess, sys, tracemalloc, zipfile, zlib
+import io, json, os, re, resource, struct, subprocess, sys, time, tracemalloc, zipfile, zlib
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import dumps
 
 import numpy as np
 import pytest
@@ -283,6 +284,34 @@ def test_zip_traversal(name, tmp_path):
         archive(tmp_path / 'a.zip', {'ok.png': png(4, 4), name: png(4, 4)}),
     )
     assert [p.name for p in tmp_path.iterdir()] == ['a.zip']
+
+
+LAUGHS = b'N' + b'2\x86'*200  # a pair of pairs of pairs ...: 400 bytes, 2**200 parts
+
+
+@pytest.mark.parametrize('pickle', [
+    b'c_codecs\nencode\n(X\1\0\0\0x' + LAUGHS + b'tR.', b'cnumpy\ndtype\n' + LAUGHS + b'\x85R.',
+    b'ctorch\nSize\n' + LAUGHS + b'\x85R.', LAUGHS + b'.', b'}X\1\0\0\0a' + LAUGHS + b's.', b']' + LAUGHS + b'a.',
+    b'cnumpy\ndtype\nX\2\0\0\0f8\x85R' + LAUGHS + b'b.'])
+def test_parts_that_repeat_their_parts(tmp_path, pickle):
+    "Small in the file, endless when they are printed, hashed or compared: in a value, in arguments, in a state"
+    begun = time.perf_counter()
+    one_line('repeats its parts without end', read_pickle, b'\x80\4'+pickle)
+    zipped = tmp_path/'a.pt'
+    with zipfile.ZipFile(zipped, 'w') as z: z.writestr('a/data.pkl', b'\x80\2'+pickle)
+    with pytest.raises(ValueError) as e: read_state_dict(zipped)
+    head = [0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True, protocol_version=1001)]
+    old = tmp_path/'old.pt'
+    old.write_bytes(b''.join(dumps(o, 2) for o in head) + b'\x80\2' + pickle + dumps([], 2))
+    with pytest.raises(ValueError) as e: read_state_dict(old)
+    assert time.perf_counter()-begun < 30
+
+
+def test_parts_that_are_shared_are_no_bomb():
+    "A tensor, a tuple or a text that is used again and again; a thing that holds itself"
+    shared = ('a', 1, (2, 3))
+    assert read_pickle(dumps([shared]*1000, 4)) == [shared]*1000
+    assert len(read_pickle(dumps({str(i): shared for i in range(20_000)}, 4))) == 20_000
 
 
 def test_zip_bombs(tmp_path):

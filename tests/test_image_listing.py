@@ -380,6 +380,16 @@ def test_images_that_are_none(tmp_path):
         npz_images(tmp_path/'b.npz')
 
 
+def test_labels_under_another_name_are_not_lost_in_silence(tmp_path, capsys):
+    x, y = np.zeros((3, 8, 8, 3), 'uint8'), np.array([1, 2, 0])
+    for name in ('label', 'targets', 'y'):
+        assert npz_images(npz(tmp_path/'a.npz', images=x, **{name: y})).labels is None
+        assert f"a.npz: no 'labels' or 'arr_1'; left out: {name}" in capsys.readouterr().out
+    for kw in (dict(images=x), dict(arr_0=x), dict(images=x, labels=y, more=y), dict(arr_0=x, arr_1=y)):
+        npz_images(npz(tmp_path/'a.npz', **kw))
+        assert not capsys.readouterr().out
+
+
 def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
     import tracemalloc
     p = npz(tmp_path/'a.npz', images=np.zeros((8, 8, 8), 'uint8'))

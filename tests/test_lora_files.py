@@ -361,6 +361,21 @@ def test_alpha_of_sd_scripts(tmp_path, metadata, right):
         ) == pytest.approx(right)
 
 
+@pytest.mark.parametrize('name', ['adapter_config', 'lora_config', 'peft_config'])
+def test_alpha_in_metadata_of_other_programs(tmp_path, name):
+    "The settings of peft as a text, whatever the program has called it"
+    told = {name: json.dumps(dict(r=4, lora_alpha=2))}
+    assert scale(write(tmp_path/'a', kohya(), **told)) == pytest.approx(0.5)
+    assert scale(write(tmp_path/'b', pair(PROJ), **told)) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=f'{name} in .* is not JSON') as e:
+        scale(write(tmp_path/'c', kohya(), **{name: '{"r": 4'}))
+    assert one_line(e)
+
+
+def test_alpha_as_a_whole_number(tmp_path):
+    assert scale(write(tmp_path, kohya() | {f'{KOHYA}.alpha': torch.tensor(2)})) == pytest.approx(0.5)
+
+
 def test_alpha_tensors(tmp_path):
     assert scale(write(tmp_path, kohya() | {f'{KOHYA}.alpha': torch.tensor(1.0)})) == pytest.approx(
         0.25

@@ -212,6 +212,27 @@ def test_files_are_mended_when_they_are_opened(tmp_path):
         } == {torch.float16}
 
 
+@pytest.mark.parametrize('dtype', [torch.int8, torch.uint8, torch.int32])
+def test_whole_numbers_are_no_weights(tmp_path, dtype):
+    "Quantised without a mark that says so"
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    sd = {k: (v*100).to(dtype) if v.ndim == 2 else v for k, v in make_unet().state_dict().items()}
+    save_file(sd, tmp_path/'u.safetensors')
+    with pytest.raises(ValueError, match='quantised .*time_embedding.linear_1.weight') as e:
+        load_dmd2_unet(tmp_path/'u.safetensors', TINY_SDXL)
+    assert len(str(e.value)) <= 600
+
+
+def test_a_part_of_a_checkpoint(tmp_path):
+    from dmd2_nb.sdxl.checkpoints import load_dmd2_unet
+    sd = make_unet().state_dict()
+    torch.save(dict(model=sd, ema={k: v+1 for k, v in sd.items()}), tmp_path/'u.pth')
+    with pytest.raises(ValueError, match='say part= one of model, ema'):
+        load_dmd2_unet(tmp_path/'u.pth', TINY_SDXL)
+    u = load_dmd2_unet(tmp_path/'u.pth', TINY_SDXL, part='ema')
+    assert torch.equal(u.conv_in.weight, sd['conv_in.weight']+1)
+
+
 @pytest.mark.parametrize('kw, word', [(dict(in_channels=9), 'inpainting'), (dict(block_out_channels=(64, 128, 128)), 'another width: 2 times'), (dict(cross_attention_dim=32), 'misshapen')])
 def test_files_of_other_networks(kw, word, tmp_path):
     from dmd2_nb.sdxl.adapt import check_start

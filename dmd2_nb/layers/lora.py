@@ -106,7 +106,7 @@ def _by_names(key):
     return bare(key).startswith(RANK_IS_ALPHA) or key.endswith('.down.weight')
 
 def _check_numbers(v, key, path):
-    if not v.is_floating_point():
+    if not v.is_floating_point() and not key.endswith('alpha'):
         raise ValueError(f'{path}: {key} is {v.dtype}, not floating point')
     check_finite({key: v}, path)
 

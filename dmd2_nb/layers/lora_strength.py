@@ -130,9 +130,10 @@ def peft_settings(
         try: text = beside.read_text(encoding='utf-8-sig')
         except ValueError as e: raise ValueError(f'{beside} is no text ({e})') from None
         found[str(beside)] = as_table(text, beside)
-    text = metadata.get('lora_adapter_metadata')
-    if text:
-        where = f'lora_adapter_metadata in {path}'
+    for name in ('lora_adapter_metadata', 'adapter_config', 'lora_config', 'peft_config'):
+        text = metadata.get(name)
+        if not text: continue
+        where = f'{name} in {path}'
         mine = {}
         for k,v in as_table(text, where).items():
             head,_,setting = k.rpartition('.')

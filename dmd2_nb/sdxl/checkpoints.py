@@ -43,9 +43,10 @@ def load_dmd2_unet(
     path,             # dmd2_sdxl_4step_unet.bin, ..._fp16.bin or any U-Net's file or folder with diffusers' names
     config=SDXL_UNET, # Its architecture
     dtype=None,       # Of the weights; as in the file when absent, the widest of them if it mixes several
+    part=None,        # Of a checkpoint with several state dicts: which
 ):
     "A U-Net from a released file"
-    sd = read_state_dict(path, say=warnings.warn)
+    sd = read_state_dict(path, part, say=warnings.warn)
     marks = set(sd) & set(MARKS)
     sd = one_dtype({k.removeprefix('unet.'): v for k,v in sd.items() if k not in MARKS}, dtype)
     net = make_unet(config, device='meta')

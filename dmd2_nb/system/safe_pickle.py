@@ -96,20 +96,8 @@ def _as_set(items=()): return set(_keys(list(items), 0))
 # %% ../../nbs/22a_system.safe_pickle.ipynb #6f4debef
 def _scalar(dtype, b):
     "A NumPy number as a Python number"
-    codes = dict(
-        f8='d',
-        f4='f',
-        f2='e',
-        i8='q',
-        i4='i',
-        i2='h',
-        i1='b',
-        u1='B',
-        u2='H',
-        u4='I',
-        u8='Q',
-        b1='?',
-    )
+    codes = dict(f8='d', f4='f', f2='e', i8='q', i4='i', i2='h', i1='b',
+                 u1='B', u2='H', u4='I', u8='Q', b1='?')
     code = codes.get(dtype.args[0])
     if not code: raise RefusedPickle(f"NumPy's type '{dtype.args[0]}' is refused")
     return struct.unpack(('>' if (dtype.state or (0, '<'))[1]=='>' else '<')+code, b)[0]
@@ -179,12 +167,25 @@ class Budget:
     ):
         self.bytes = 4*size+2**24
         self.ops = MAX_OPS
+        self.parts = min(MAX_OPS, 20*size+2**17)
     def copy(self, n): # Bytes that are copied
         self.bytes -= n
         if self.bytes<0: raise RefusedPickle('it copies more than it holds: a decompression bomb')
     def step(self, n=1): # Instructions that are followed
         self.ops -= n
         if self.ops<0: raise RefusedPickle(f'it has more than {MAX_OPS:,} instructions')
+    def walk(self, values, deep=False): # Containers, their parts as often as they are there; `Thing`s too
+        "Refuse what is small in the file and has no end when it is printed, hashed or compared"
+        todo,things = list(values),set()
+        while todo:
+            o = todo.pop()
+            if deep and isinstance(o, Thing) and id(o) not in things:
+                things.add(id(o))
+                o = (o.args, o.state)
+            if isinstance(o, (tuple, list, dict, set, frozenset)):
+                self.parts -= len(o)
+                if self.parts<0: raise RefusedPickle('it repeats its parts without end: a bomb')
+                todo += o.values() if isinstance(o, dict) else o
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #5e828023
 class Machine:
@@ -207,7 +208,9 @@ class Machine:
         read,budget = stream.read,self.budget
         while True:
             code = read(1)
-            if code==b'.': return self.stack.pop()
+            if code==b'.':
+                budget.walk(self.stack[-1:], deep=True)
+                return self.stack.pop()
             if code==b'': raise ValueError('it ends before it is complete')
             if code not in OPCODES: raise ValueError('an unknown instruction')
             name,reader,act = OPCODES[code]
@@ -241,6 +244,7 @@ class Machine:
         self.budget.step(CALL_OPS)
         sized = (bytes, str, list, tuple, dict, set, frozenset)
         self.budget.copy(sum(len(a) for a in args if isinstance(a, sized)))
+        self.budget.walk(args)
         if name=='torch.storage._load_from_bytes': return _storage(self.budget, *args)
         f = self.calls.get(name) or _as_thing(str(name))
         if not callable(f): raise RefusedPickle(f"it calls '{name}'")

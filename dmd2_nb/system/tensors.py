@@ -451,6 +451,7 @@ def misfit(
         if len(text)<=480: break
     return text[:480]
 
+# %% ../../nbs/51_system.tensors.ipynb #c1f7a4e7
 def check_fit(
     mine:dict,    # What is wanted: name -> tensor or shape, such as a network's state dict on the meta device
     tensors:dict, # What is given
@@ -459,6 +460,10 @@ def check_fit(
 )->dict: # `mine`
     "Names and shapes must agree, or one clear error"
     if text := misfit(mine, tensors): raise ValueError(f'{source} does not fit{what}: {text}')
+    both = [(k, v, tensors[k]) for k,v in mine.items() if isinstance(tensors[k], Tensor)]
+    whole = [k for k,a,b in both if isinstance(a, Tensor) and a.is_floating_point()>b.is_floating_point()]
+    if whole: raise ValueError(f'{source} does not fit{what}: whole numbers instead of fractions, as of '
+                               f'weights that were quantised ({few(whole)})')
     return mine
 
 def load_into(
