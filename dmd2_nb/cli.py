@@ -7,10 +7,23 @@ __all__ = ['distill', 'sample', 'evaluate', 'prepare', 'train_teacher', 'train_t
            'sample_main', 'evaluate_main', 'prepare_main']
 
 # %% ../nbs/90_cli.ipynb #f704649b
-import argparse, json, math, os, sys, warnings
-from dataclasses import replace
+import json, math, os, shlex, sys, time, warnings
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+from . import __version__
+
+from dmd2_nb.options import (
+    distill_options,
+    evaluate_options,
+    prepare_options,
+    run_options,
+    sample_options,
+    settings,
+    teacher_options,
+)
 from dmd2_nb.refusals import (
     COMMANDS,
     NO_MEMORY,
@@ -21,6 +34,7 @@ from dmd2_nb.refusals import (
     command,
     explained,
     free_memory,
+    near,
     usable_device,
 )
 from dmd2_nb.sheets import (
@@ -35,49 +49,14 @@ from dmd2_nb.sheets import (
 )
 
 
-# %% ../nbs/90_cli.ipynb #9af89b7c
-def _run_options(p):
-    "Options of everything that trains"
-    add = p.add_argument
-    add(
-        'recipe',
-        nargs='?',
-        default='fashion16',
-        help='a recipe (fashion16, emoji32, emoji64, imagenet64, imagenet64-pretrain, '
-        'imagenet64-resume, imagenet64-fastgen), or images of your own: a zip, npz, LMDB or folder',
-    )
-    add('--out', default='runs', help='folder of all runs')
-    add(
-        '--name',
-        help='name of the run; by default the newest unfinished run of the same config, or the next free number',
-    )
-    add('--overwrite', action='store_true', help='start a named run anew')
-    add('--data', help='other images of the same kind: .npz, .zip or a folder')
-    add('--device', help='cpu, cuda, mps; by default the best there is')
-    add('--batch', type=int, help='samples an iteration')
-    add(
-        '--features',
-        help="what KID looks at: small_classifier, lite0, ..., pixels; by default the recipe's",
-    )
-    add('--eval-n', type=int, help='samples of the final evaluation')
-    add('--save-every', type=int, help='iterations between two checkpoints')
-    add('--eval-every', type=int, help='iterations between two evaluations on the way, 0 for none')
-    add('--seed', type=int, help='names all random numbers of the run')
-    add(
-        '--keep-state',
-        action='store_true',
-        help='keep the checkpoint of the finished run: it can be made longer later',
-    )
-    add('--graph', action='store_true', help='replay updates as CUDA graphs')
-    add('--compile', action='store_true', help='torch.compile the networks')
-
 # %% ../nbs/90_cli.ipynb #31a61f20
 def _known_or_own(a):
     "The recipe by its name, or one made for the images at a path; these then count as --data"
     from dmd2_nb.own import find_teacher, is_recipe, own_images, own_name, said_of
     from dmd2_nb.recipes import recipe, recipe_for
     if is_recipe(a.recipe): return recipe(a.recipe)
-    if a.data: raise ValueError(f'{a.recipe} are images already: leave out --data, or give a recipe')
+    if a.data:
+        raise ValueError(f'{a.recipe} are images already: leave out --data, or give a recipe')
     data,a.data = own_images(a.recipe),a.recipe
     r = recipe_for(data, own_name(a.recipe))
     print(said_of(data, r))
@@ -108,46 +87,125 @@ def _recipe(a):
         features=a.features or r.features,
     )
 
+# %% ../nbs/90_cli.ipynb #80adc17f
+@contextmanager
+def _watched(a):
+    "Functions that draw, and a bar that also tells whoever else is to know"
+    more = []
+    if a.push_to_hub: import huggingface_hub  # missing: said now, not after the training
+    if a.tensorboard or a.wandb or a.dashboard:
+        from dmd2_nb.dashboard import Dashboard, TensorBoardLog, WandbLog
+        from dmd2_nb.follow import Progress
+        if a.tensorboard: more.append(TensorBoardLog(a.tensorboard))
+        if a.wandb: more.append(WandbLog(a.wandb))
+        page = Dashboard(file=a.dashboard, title=str(a.recipe)) if a.dashboard else None
+        bar = partial(_Bars, Progress, page, more)
+    try: yield PICTURES | (dict(bar=bar) if a.tensorboard or a.wandb or a.dashboard else {})
+    finally:
+        for o in more: o.close()
+
+class _Bars:
+    "The bar of a shell, and beside it a page and loggers"
+    def __init__(self, plain, page, loggers, total, start):
+        self.bars = [plain(total, start)] + ([page.bar(total, start)] if page else [])
+        self.loggers = loggers
+    def update(self, step, comment=''):
+        for o in self.bars: o.update(step, comment)
+    def row(self, row):
+        for o in self.bars: o.row(row)
+        for o in self.loggers: o.add(row)
+    def close(self):
+        for o in self.bars: o.close()
+
+
+# %% ../nbs/90_cli.ipynb #64879f7d
+def _plan(r, a, parts, nets):
+    "Text of a dry run: every setting, and the memory of networks and optimisers"
+    from dmd2_nb.weights import build_denoiser
+    n = sum(p.numel() for p in build_denoiser(r.net).parameters())
+    known = dict(data=r.data, images=a.data or r.data, out=a.out, net=r.net, sampler=r.sampler)
+    known |= dict(features=r.features, n_eval=a.eval_n or r.n_eval) | parts
+    text = json.dumps(known, indent=1, default=str)
+    copies,each = 4,'4 copies of one network (weights, average, optimiser)'
+    if nets==3:
+        copies,each = 8,'8 copies (teacher, generator, its average, fake score, optimisers)'
+    size = 4*n*copies/2**20
+    return (
+        f'{text}\nmemory: {n:,} weights, {size:,.0f} MiB for {each}; activations come on top and '
+        'grow with the batch\nnothing was done'
+    )
+
+
 # %% ../nbs/90_cli.ipynb #14b0811e
 @command('dmd2_train_teacher', 'give a smaller --batch')
 def train_teacher_main(argv): # Words of the command line
     "Train the teacher of a recipe"
-    p = Parser('dmd2_train_teacher', 'Train a class-conditional EDM teacher')
-    _run_options(p)
-    p.add_argument('--steps', type=int, help='updates')
-    p.add_argument('--lr', type=float, help='learning rate')
-    a = p.parse_args(argv)
+    a = teacher_options().parse_args(argv)
     from dmd2_nb.jobs import train_teacher_job
     r = _recipe(a)
     at_least(1, steps=a.steps)
     at_least(0, 1, lr=a.lr)
-    run = train_teacher_job(
-        r,
-        a.out,
-        a.name,
-        overwrite=a.overwrite,
-        keep_state=a.keep_state,
-        device=a.device,
-        source=a.data,
-        seed=a.seed or 0,
-        n_eval=a.eval_n,
-        graph=a.graph,
-        compile=a.compile,
-        pictures=PICTURES,
-        steps=a.steps,
-        batch=a.batch,
-        lr=a.lr,
-    )
-    _report(run, 'teacher.safetensors')
+    changes = dict(steps=a.steps, batch=a.batch, lr=a.lr)
+    if a.dry_run:
+        changes = {k: v for k,v in changes.items() if v is not None}
+        return print(_plan(r, a, dict(teacher=r.teacher | changes), 1))
+    with _watched(a) as pictures:
+        run = train_teacher_job(
+            r,
+            a.out,
+            a.name,
+            overwrite=a.overwrite,
+            keep_state=a.keep_state,
+            device=a.device,
+            source=a.data,
+            seed=a.seed or 0,
+            n_eval=a.eval_n,
+            graph=a.graph,
+            compile=a.compile,
+            pictures=pictures,
+            **changes,
+        )
+    _report(run, 'teacher.safetensors', a, f'dmd2_train_teacher {shlex.join(argv)}')
+
 
 # %% ../nbs/90_cli.ipynb #1615030e
-def _report(run, file):
-    "The table of a finished run and where things are"
+def _report(run, file, a, words):
+    "The table of a finished run and where things are; a card for whoever finds the folder later"
     from dmd2_nb.evaluate import table
+    from dmd2_nb.system.atomic import write_text
     m = json.loads((run/'metrics.json').read_text(encoding='utf-8'))
-    print(
-        f"{table(m['rows'])}\n{m['seconds']:.0f} s of training; {run / file} and {run / 'samples.png'}"
-    )
+    rows = table(m['rows'])
+    print(f"{rows}\n{m['seconds']:.0f} s of training; {run / file} and {run / 'samples.png'}")
+    what = 'A one- or few-step generator' if file.startswith('gen') else 'A diffusion teacher'
+    use = f'dmd2_sample {run.folder}'
+    card = f"""# {run.name}
+
+{what}, made by dmd2_nb {__version__} on {time.strftime('%Y-%m-%d')} with
+
+    {words}
+
+Images: {run.config['data']}; {m['seconds']:.0f} s of training on {m['device']}. Weights: `{file}`;
+settings: `config.json`; numbers on the way: `log.csv`. Use: `{use}`.
+
+Distances to the real images, the less the better (`real`: real images against other real images;
+kid below zero is no difference that so many images could show):
+
+```
+{rows}
+```
+"""
+    try: write_text(run/'README.md', card)
+    except OSError as e: print(f'README.md is not written ({e.strerror})')
+    if a.push_to_hub: _push(run, file, a.push_to_hub)
+
+def _push(run, file, repo):
+    "Weights, card and numbers to the hub"
+    from huggingface_hub import HfApi
+    HfApi().create_repo(repo, exist_ok=True)
+    files = [file, 'README.md', 'config.json', 'metrics.json', 'samples.png']
+    HfApi().upload_folder(repo_id=repo, folder_path=str(run.folder), allow_patterns=files)
+    print(f'uploaded to {repo}')
+
 
 # %% ../nbs/90_cli.ipynb #b63e41c9
 @command('dmd2_distill', (
@@ -156,21 +214,24 @@ def _report(run, file):
 ))
 def distill_main(argv): # Words of the command line
     "Distil a teacher"
-    a = _distill_options().parse_args(argv)
+    a = distill_options(_named(argv)).parse_args(argv)
     at_least(1, 512, nproc=a.nproc)
     at_least(0, 10**9, silence=a.silence)
     if a.nproc>1 and 'RANK' not in os.environ:
         from dmd2_nb.launch import launch_command
         return launch_command('dmd2_nb.cli', 'distill_main', a.nproc, argv)
-    from dmd2_nb.jobs import distill_job
+    from dmd2_nb.jobs import check_options, distill_job
     from dmd2_nb.parallel import setup
     from dmd2_nb.recipes import config_changes, with_reference, with_steps
     at_least(1, iters=a.iters, ttur=a.ttur, accum=a.accum, keep_every=a.keep_every)
     own = {k: getattr(a, k) for k in ('batch', 'ttur', 'rollout', 'seed')}
     changes = config_changes(a.set) | {k: v for k,v in own.items() if v is not None}
     r = with_steps(with_reference(_recipe(a), a.reference), a.levels, a.steps)
+    if a.dry_run:
+        check_options(r, replace(r.config, **changes), a.iters or r.iters, a.begin, a.guard)
+        return print(_plan(r, a, _resolved(r, a, changes), 3))
     # the others wait while the first process evaluates
-    with setup(a.device, 7200, a.silence) as world:
+    with _watched(a) as pictures,setup(a.device, 7200, a.silence) as world:
         run = distill_job(
             r,
             a.teacher,
@@ -181,7 +242,7 @@ def distill_main(argv): # Words of the command line
             world=world,
             graph=a.graph,
             compile=a.compile,
-            pictures=PICTURES,
+            pictures=pictures,
             device=a.device,
             source=a.data,
             iters=a.iters,
@@ -191,64 +252,23 @@ def distill_main(argv): # Words of the command line
             guard=a.guard,
             **changes,
         )
-        if world.main: _report(run, 'generator.safetensors')
+        if world.main: _report(run, 'generator.safetensors', a, f'dmd2_distill {shlex.join(argv)}')
 
-# %% ../nbs/90_cli.ipynb #7aeec75b
-def _distill_options():
-    p = Parser('dmd2_distill', 'Distil a diffusion teacher into a one- or few-step generator')
-    _run_options(p)
-    add = p.add_argument
-    add('--teacher', help='weights or run folder of the teacher; by default the bundled one')
-    add('--steps', type=int, help="the generator's steps, 1 or 4")
-    add('--levels', help="the generator's input levels, falling, such as 80 or 80,5,1.2,0.35")
-    add(
-        '--iters',
-        type=int,
-        help='iterations, that is updates of the fake score; more than before go on with the same run',
+
+# %% ../nbs/90_cli.ipynb #a157d36a
+def _named(argv):
+    "The recipe in the words of a command, for its help"
+    return next((o for o in argv if o in ('fashion16', 'emoji32')), None)
+
+def _resolved(r, a, changes):
+    "Settings of a distillation as they would be"
+    return dict(
+        config=asdict(replace(r.config, **changes)),
+        iters=a.iters or r.iters,
+        decay=r.decay,
+        teacher=str(a.teacher or 'bundled'),
     )
-    add('--ttur', type=int, help='iterations per update of the generator')
-    add('--rollout', help='inputs of later steps: sim, real or mix')
-    add(
-        '--set',
-        action='append',
-        metavar='NAME=VALUE',
-        help='any other field of DMD2Config; may be repeated',
-    )
-    add(
-        '--keep-every',
-        type=int,
-        help='iterations between two generators kept in checkpoints/, for dmd2_evaluate --sweep',
-    )
-    add(
-        '--guard',
-        default='stop',
-        help='after an alarm: stop, rollback (to the last good checkpoint, with half of the learning rates), or off',
-    )
-    add(
-        '--begin',
-        help=(
-            'earlier run whose generator and fake score to begin with: its folder with the state '
-            'kept, or a folder of DMD2'
-        ),
-    )
-    add(
-        '--reference',
-        help="imagenet64: statistics of the real images, such as EDM's imagenet-64x64.npz; computed when absent",
-    )
-    add(
-        '--accum',
-        type=int,
-        default=1,
-        help='pieces that each process cuts its share of a batch into',
-    )
-    add('--nproc', type=int, default=1, help='processes of this machine that share each batch')
-    add(
-        '--silence',
-        type=float,
-        default=300.0,
-        help='of several processes: seconds without a sign of life from one until the run ends; 0 for no limit',
-    )
-    return p
+
 
 # %% ../nbs/90_cli.ipynb #0a78d5d9
 def main(argv=None)->int: # Exit code
@@ -256,47 +276,63 @@ def main(argv=None)->int: # Exit code
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv[0].removeprefix('dmd2_').replace('-', '_') if argv else '__help'
     if name in COMMANDS: return COMMANDS[name](argv[1:])
+    if name=='__version': return print(f'dmd2_nb {__version__}') or 0
     asked = name in ('_h', '__help')
     print(
-        f"usage: python -m dmd2_nb.cli COMMAND ...\ncommands: {', '.join(COMMANDS)}; each tells more with --help",
+        'usage: python -m dmd2_nb.cli COMMAND ...\n'
+        f"commands: {', '.join(COMMANDS)}; each tells more with --help",
         file=sys.stdout if asked else sys.stderr,
     )
     return 0 if asked else 2
+
+# %% ../nbs/90_cli.ipynb #8edcc26c
+def _names():
+    "What can be sampled by a name: `{name: (path, words)}`"
+    from dmd2_nb.assets import data_folders
+    from dmd2_nb.system.tensors import read_metadata
+    found = {}
+    for f in sorted(f for d in data_folders() for f in (d/'weights').glob('*.safetensors')):
+        try: meta = read_metadata(f)
+        except ValueError: continue
+        if 'denoiser' in meta: found.setdefault(f.stem, (f.stem, 'bundled'))
+    for p in sorted(Path('runs').glob('*/config.json')):
+        for kind in ('generator', 'teacher'):
+            if (p.parent/f'{kind}.safetensors').is_file():
+                found[p.parent.name] = (p.parent, f'{kind} in runs/')
+    return found
+
+def _models():
+    "The list of `--list`"
+    names = _names()
+    return '\n'.join(f'{k:<24} {words}' for k,(_,words) in names.items()) or 'nothing yet'
+
+def _model(name):
+    "A path as it is; a name among runs and bundled weights"
+    p = Path(name)
+    if p.exists() or len(p.parts)>1 or p.suffix: return name
+    names = _names()
+    if name in names: return names[name][0]
+    raise FileNotFoundError(
+        f"'{name}' is no file, no finished run in runs/ and no bundled weights ({name}.safetensors)"
+        f'{near(name, names)}; dmd2_sample --list names all'
+    )
+
 
 # %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample', 'ask for fewer samples (--n), or a smaller --scale')
 def sample_main(argv): # Words of the command line
     "Draw samples into a picture"
-    p = Parser('dmd2_sample', 'Draw samples from a run, a weights file or bundled weights')
-    add = p.add_argument
-    add(
-        'source',
-        nargs='?',
-        default='fashion16_1step',
-        help='run folder, .safetensors file, or name of bundled weights',
-    )
-    add('--n', type=int, default=16, help='how many')
-    add('--label', help='class, by name or number; random classes when absent')
-    add('--style', help='style, by name or number')
-    add('--seed', type=int, default=0)
-    add('--steps', type=int, help='Heun steps, for a teacher')
-    add(
-        '--scale',
-        type=int,
-        help='pixels for one pixel; by default so many that a sample is 64 wide',
-    )
-    add('--out', default='samples.png', help='.png for a sheet, .npz for the bytes')
-    add('--device', default='cpu')
-    a = p.parse_args(argv)
+    a = sample_options().parse_args(argv)
     at_least(1, n=a.n, scale=a.scale)
     at_least(1, 10**5, steps=a.steps)
     check_seed(seed=a.seed)
     if Path(a.out).suffix not in ('.png', '.npz'):
         raise ValueError(f'--out {a.out}: expected .png or .npz')
+    if a.list: return print(_models())
     from dmd2_nb.evaluate import draw, save_samples
     from dmd2_nb.jobs import open_model
     device = usable_device(a.device)
-    sampler,model = open_model(a.source, device, a.steps)
+    sampler,model = open_model(_model(a.source), device, a.steps)
     check_memory(
         '--n',
         a.n,
@@ -315,79 +351,59 @@ def sample_main(argv): # Words of the command line
 @command('dmd2_evaluate', 'ask for fewer samples (--n)')
 def evaluate_main(argv): # Words of the command line
     "Measure generators, teachers or image sets against real images"
-    a = _evaluate_options().parse_args(argv)
+    a = evaluate_options().parse_args(argv)
     from dmd2_nb.measure import measure
     at_least(4, n=a.n)
     at_least(1, 10**5, steps=a.steps)
     check_memory('--n', a.n, 64, 'the smallest of samples')
     try: seeds = [int(s) for s in a.seeds.split(',')]
     except ValueError:
-        raise ValueError(f"--seeds '{a.seeds}': expected whole numbers with commas between") from None
+        why = 'expected whole numbers with commas between'
+        raise ValueError(f"--seeds '{a.seeds}': {why}") from None
     for s in seeds: check_seed(seeds=s)
+    sources = [_model(o) for o in a.sources]
+    if a.data is None: _compare_with_own(a, sources)
     more = dict(features=a.features, weights=a.weights, download=a.download)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('default')
-        try: measure(a.sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, usable_device(a.device), **more)
+        device = usable_device(a.device)
+        try: measure(sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, device, **more)
         except FileNotFoundError as e: raise FileNotFoundError(_as_options(str(e))) from None
     for w in dict.fromkeys(str(o.message) for o in said if o.category is UserWarning):
         print(f'dmd2_evaluate: {w}', file=sys.stderr)
 
 def _as_options(text):
     "What to do, in words of the command line"
-    for python,shell in (('download=True', '--download'), ('give its path', 'give its path (--weights)'),
-                         ('give a local folder', 'give a local folder (--weights)')): text = text.replace(python, shell)
+    text = text.replace('download=True', '--download')
+    for what in ('give its path', 'give a local folder'):
+        text = text.replace(what, f'{what} (--weights)')
     return text
 
-# %% ../nbs/90_cli.ipynb #be09758f
-def _evaluate_options():
-    p = Parser(
-        'dmd2_evaluate',
-        'Kernel and Fréchet distance, precision and recall of samples against real images, beside the floor',
-    )
-    add = p.add_argument
-    add(
-        'sources',
-        nargs='+',
-        help='run folders, .safetensors files, names of bundled weights, .npz, .zip or folders of images',
-    )
-    add(
-        '--data',
-        default='fashion16',
-        help="what to compare with: a recipe, images (.npz, .zip, folder), or statistics such as EDM's .npz",
-    )
-    add(
-        '--sweep',
-        action='store_true',
-        help='sources are folders with checkpoints; the best one and the last are measured again with a fresh seed',
-    )
-    add(
-        '--features',
-        help="feature extractor: small_classifier, lite0, inception, clip, dinov2, pixels; by default the recipe's",
-    )
-    add('--weights', help='local file or folder with the weights of --features')
-    add('--download', action='store_true', help='fetch those weights where they are missing')
-    add('--n', type=int, default=2000, help='samples of each')
-    add('--seeds', default='0', help='sampling seeds, with commas between')
-    add('--steps', type=int, help='Heun steps, for teachers')
-    add('--out', default='metrics.json', help='the .json to write, or a folder for metrics.json')
-    add('--device', default='cpu')
-    return p
+
+# %% ../nbs/90_cli.ipynb #90a38060
+def _compare_with_own(a, sources):
+    "The images that the first run was trained on, seen as its recipe sees them; else fashion16"
+    from dmd2_nb.own import is_recipe, own_images
+    from dmd2_nb.recipes import recipe_for
+    from dmd2_nb.runs import run_config
+    config = run_config(sources[0]) if Path(sources[0]).is_dir() else None
+    a.data = ((config or {}).get('paths') or {}).get('images') or 'fashion16'
+    if is_recipe(a.data): return
+    if not Path(a.data).exists():
+        raise FileNotFoundError(
+            f'{sources[0]} was trained on {a.data}, which is not there: say --data'
+        )
+    if a.features is None:
+        try: a.features = recipe_for(own_images(a.data)).features
+        except ValueError: return  # a size that no recipe is made for
+    print(f'against {a.data}, the images of {sources[0]}')
+
 
 # %% ../nbs/90_cli.ipynb #715be67e
 @command('dmd2_prepare', 'give fewer --workers')
 def prepare_main(argv): # Words of the command line
     "Turn a folder of images into the zip that training reads"
-    p = Parser(
-        'dmd2_prepare',
-        "Turn an image folder, such as ImageNet's train, into a zip of small square images with their classes",
-    )
-    add = p.add_argument
-    add('source', help='folder with one subfolder per class')
-    add('out', help='the zip to write')
-    add('--size', type=int, default=64, help='side in pixels')
-    add('--workers', type=int, default=0, help='threads; 0 for as many as there are processors')
-    add('--overwrite', action='store_true', help='replace an existing zip')
-    a = p.parse_args(argv)
+    a = prepare_options().parse_args(argv)
     if Path(a.out).suffix!='.zip': raise ValueError(f'{a.out}: expected a name that ends in .zip')
     if Path(a.out).exists() and not a.overwrite:
         raise ValueError(f'{a.out} exists: say --overwrite or give another name')

@@ -6,6 +6,7 @@
 __all__ = ['FewStepGenerator', 'load_generator']
 
 # %% ../nbs/15b_generator.ipynb #84c30bd0
+from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 
@@ -146,9 +147,12 @@ def _pick(names, v, n, generator):
 def _index(names, v):
     "Position of a name or number, or an error that lists the names"
     if isinstance(v, str):
-        if v not in names:
-            raise ValueError(f"unknown label '{v}': known are {', '.join(names)}"[:600])
-        return names.index(v)
+        if v in names: return names.index(v)
+        alike = [i for i,o in enumerate(names) if o.casefold()==v.casefold()]
+        if len(alike)==1: return alike[0]
+        near = get_close_matches(v.casefold(), [o.casefold() for o in names], 1)
+        hint = f' (did you mean {next(o for o in names if o.casefold()==near[0])}?)' if near else ''
+        raise ValueError(f"unknown label '{v}'{hint}: known are {', '.join(names)}"[:600])
     v = check_number('a label', v, whole=True)
     if not 0<=v<len(names): raise ValueError(f'label {v} is not in 0..{len(names)-1}')
     return v

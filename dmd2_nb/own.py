@@ -7,13 +7,13 @@ __all__ = ['is_recipe', 'own_name', 'own_images', 'said_of', 'find_teacher']
 
 # %% ../nbs/28a_own.ipynb #1ef103ce
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from .images import ImageData, in_memory, open_images
 from .job import images_facts
-from .recipes import MORE, RECIPES, Recipe, recipe, recipe_for
+from .recipes import MORE, RECIPES, Recipe
 from .runs import finished, run_config
+from .system.image_names import some
 from .weights import build_denoiser
 
 
@@ -43,7 +43,8 @@ def own_images(
     try: data = open_images(path, workers=8)
     except ValueError as e:
         if not Path(path).is_dir(): raise
-        raise ValueError(f'{e}; dmd2_prepare {path} OUT.zip makes images of one size of it') from None
+        way = f'dmd2_prepare {path} OUT.zip makes images of one size of it'
+        raise ValueError(f'{e}; {way}') from None
     return data if isinstance(data, ImageData) else in_memory(data)
 
 def said_of(
@@ -53,14 +54,15 @@ def said_of(
     "What was found and what was chosen"
     n = sum(p.numel() for p in build_denoiser(r.net).parameters())
     kinds = f'{len(data.class_names) or data.label_dim} classes' if data.label_dim else 'no classes'
-    names = f" ({', '.join(data.class_names[:6])}{' ...' * (len(data.class_names) > 6)})" * bool(data.class_names)
-    size = 'x'.join(map(str, data.shape[1:]))
+    if data.class_names: kinds += f' ({some(data.class_names)})'
+    size,colour = 'x'.join(map(str, data.shape[1:])),'colour' if data.shape[0]==3 else 'grey'
+    levels = ', '.join(f'{v:g}' for v in r.config.levels)
     return (
-        f"{data.name}: {len(data):,} {'colour' if data.shape[0] == 3 else 'grey'} images of {size}, "
-        f'{kinds}{names}\n'
+        f'{data.name}: {len(data):,} {colour} images of {size}, '
+        f'{kinds}\n'
         f"chosen for them: {r.net['net']} of {n:,} weights; teacher {r.teacher['steps']:,} updates of "
         f"{r.teacher['batch']}; student {r.iters:,} iterations of {r.config.batch}, level "
-        f"{', '.join(f'{v:g}' for v in r.config.levels)}; judged with {r.features} on {r.n_eval:,} samples"
+        f'{levels}; judged with {r.features} on {r.n_eval:,} samples'
     )
 
 
@@ -75,8 +77,8 @@ def find_teacher(
     for p in Path(out).glob('*/config.json'):
         try: config = run_config(p.parent)
         except (OSError, ValueError): continue
-        if isinstance(config, dict) and config.get('job')=='train_teacher' and config.get('images')==want:
-            runs.append(p.parent)
+        if not isinstance(config, dict) or config.get('job')!='train_teacher': continue
+        if config.get('images')==want: runs.append(p.parent)
     done = [o for o in runs if finished(o) and (o/'teacher.safetensors').is_file()]
     if done: return max(done, key=lambda o: (o/'teacher.safetensors').stat().st_mtime)
     more = f' ({runs[-1]} is unfinished: that command goes on with it)' if runs else ''

@@ -10,6 +10,7 @@ __all__ = ['fashion16_config', 'emoji32_config', 'FOUR_STEPS', 'TEACHER_LIMITS',
 # %% ../nbs/14b_recipes.ipynb #13613244
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib import import_module
@@ -75,7 +76,9 @@ def config_changes(
     for o in pairs or ():
         k,eq,v = o.partition('=')
         if not eq or k not in kinds:
-            raise ValueError(f"--set {o}: expected NAME=VALUE with one of {', '.join(kinds)}")
+            near = get_close_matches(k, kinds, 1)
+            hint = f' (did you mean {near[0]}?)' if near and k not in kinds else ''
+            raise ValueError(f"--set {o}: expected NAME=VALUE{hint} with one of {', '.join(kinds)}")
         try: value = v if kinds[k] is str else [_text_number(s) for s in v.split(',')]
         except ValueError: raise ValueError(f'--set {o}: {v} is no {kinds[k].__name__}') from None
         if kinds[k] in (int, float): value = value[0] if len(value)==1 else v
@@ -282,9 +285,11 @@ def recipe(
         )
     return known[name]
 
-# %% ../nbs/14b_recipes.ipynb #b304cfe2
+# %% ../nbs/14b_recipes.ipynb #969c032b
 OWN_MANY = 3000 # From so many images on, of 32 pixels or more, a set is trained like the emoji
 
+
+# %% ../nbs/14b_recipes.ipynb #b304cfe2
 def recipe_for(
     data,       # `ImageData`: what is asked of it is shape, classes, count and spread
     name=None,  # What runs are called; the data's own name when absent
@@ -307,7 +312,7 @@ def recipe_for(
             'is trained well (dmd2_prepare FOLDER OUT.zip --size 32)'
         )
     spread = round((data.images[:5000].float()/127.5-1).std().item(), 2)
-    if not spread: raise ValueError(f'{data.name}: all images are one colour, there is nothing to learn')
+    if not spread: raise ValueError(f'{data.name}: all images are one colour')
     size = dict(img_resolution=side, in_channels=channels, label_dim=data.label_dim)
     many = len(data)>=OWN_MANY and side>=32
     make = _many if many else _few
@@ -357,6 +362,8 @@ def _few(size, **known):
         **known,
     )
 
+
+# %% ../nbs/14b_recipes.ipynb #d526daf2
 def _many(size, **known):
     "Many images of 32 pixels or more: as the emoji, on a GPU"
     r = RECIPES['emoji64' if size['img_resolution']>32 else 'emoji32']

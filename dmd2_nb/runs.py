@@ -216,7 +216,7 @@ class _Found:
         what = ', '.join(str(self.asked.paths[k]) for k in self.moved)
         raise ValueError(
             f'{self.folder} is unfinished and was begun with other contents of {what} ({_few(self.differ)}): '
-            'put back what was there, say --overwrite or choose another --name'
+            'put back what was there, choose another --name, or say --overwrite to start it anew'
         )
 
     def take(self):
@@ -348,7 +348,7 @@ def _claim_named(out, asked, name, overwrite):
         raise ValueError(f"'{name}' is not a name for a folder: choose another --name")
     folder = out/name
     if not folder.exists(): return _claim_new(folder, asked)
-    ways = 'say --overwrite or choose another --name'
+    ways = 'choose another --name, or say --overwrite to start it anew'
     bare = _bare(folder)
     if not bare and not (folder/'config.json').exists() and _last_step(folder) is None:
         raise ValueError(f'{folder} is in the way and holds no run: choose another --name')
@@ -362,7 +362,7 @@ def _claim_named(out, asked, name, overwrite):
         if not there.finished: there.check_files()
         job = [d for d in there.differ if d.startswith('job ')]
         raise ValueError(
-            f'{folder} holds a run of another config ({_few(job or there.differ)}): {ways}'
+            f'{folder} holds a run of another config ({_few(job or there.differ)}): {"" if job else "go on with its own settings, "}{ways}'
         )
     if there.finished and not there.longer: raise ValueError(f'{folder} {_ended(there)}: {ways}')
     run = there.take()

@@ -429,7 +429,7 @@ def test_unfinished_goes_on(line, file, loop, options, here, capsys, no_pictures
     assert 'goes on at' in capsys.readouterr().out
     assert [p.name for p in (here/'runs').iterdir()] == [folder.name] and weights(folder, file) == end
     steps = [o.split(',')[0] for o in (folder/'log.csv').read_text().splitlines()[1:]]
-    assert steps == ['3', '6', '9'] and sorted(p.name for p in folder.iterdir()) == sorted(['config.json', 'log.csv', 'metrics.json', file])
+    assert steps == ['3', '6', '9'] and sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'config.json', 'log.csv', 'metrics.json', file])
 
 
 def test_unfinished_of_another_config(here, capsys, no_pictures, monkeypatch):
@@ -474,7 +474,7 @@ def test_whole_run(here, capsys):
     "What a run leaves, with pictures, and that its folder can be sampled and measured"
     assert call(good) == 0
     folder = here/'runs'/'fashion16-1'
-    assert sorted(p.name for p in folder.iterdir()) == ['config.json', 'curves.png', 'generator.safetensors', 'log.csv', 'metrics.json', 'samples.png']
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'curves.png', 'generator.safetensors', 'log.csv', 'metrics.json', 'samples.png']
     assert capsys.readouterr().err == ''
     whole(folder)
     assert call('sample runs/fashion16-1 --n 4 --out a.png') == 0 and call("sample runs/fashion16-1 --n 4 --label 3 --out a.npz") == 0

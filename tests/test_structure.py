@@ -11,7 +11,7 @@ package = root/'dmd2_nb'
 # A module imports from lower floors only. A new module is entered here.
 floors = {
     11: 'cli',
-    10.5: 'sheets',
+    10.5: 'options sheets',
     10: 'imagenet64 measure',
     9: 'jobs',
     8.5: 'own teacher_job',
