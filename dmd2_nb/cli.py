@@ -21,7 +21,6 @@ from dmd2_nb.options import (
     prepare_options,
     run_options,
     sample_options,
-    settings,
     teacher_options,
 )
 from dmd2_nb.refusals import (

@@ -361,9 +361,9 @@ def _claim_named(out, asked, name, overwrite):
     if there.differ:
         if not there.finished: there.check_files()
         job = [d for d in there.differ if d.startswith('job ')]
-        raise ValueError(
-            f'{folder} holds a run of another config ({_few(job or there.differ)}): {"" if job else "go on with its own settings, "}{ways}'
-        )
+        if not job: ways = f'go on with its own settings, {ways}'
+        why = f'holds a run of another config ({_few(job or there.differ)})'
+        raise ValueError(f'{folder} {why}: {ways}')
     if there.finished and not there.longer: raise ValueError(f'{folder} {_ended(there)}: {ways}')
     run = there.take()
     if run is None: raise ValueError(busy)
