@@ -13,7 +13,8 @@ repository = tomllib.loads((root / 'pyproject.toml').read_text(encoding='utf-8')
 ]['Repository']
 badge_of = (
     '[![Open in '
-    'Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{}/blob/main/nbs/{})'
+    'Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://'
+    'colab.research.google.com/github/{}/blob/main/nbs/{})'
 )
 install = (
     "#| hide\n#| eval: false\n! [ -e /content ] && pip install -q nbdev "

@@ -3,7 +3,8 @@
     python .ci/execute.py nbs/10_dmd.ipynb ...                # these notebooks; all of nbs/ when none is named
     RUN_SLOW=1 python .ci/execute.py --flags slow nbs/X.ipynb # flagged cells too; their switches are the caller's
 
-Only the cells that `nbdev-test` would run are run; cells under a flag (`slow`, `cuda`, ...) and cells with `eval: false`
+Only the cells that `nbdev-test` would run are run; cells under a flag (`slow`, `cuda`, ...) and
+cells with `eval: false`
 keep the outputs they have. A notebook is written only if every cell passed and its outputs are fit to be stored."""
 import argparse, base64, io, os, re, sys, time
 from pathlib import Path

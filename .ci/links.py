@@ -1,7 +1,8 @@
-"""The line at the end of each notebook that leads to the one before, to the map and to the next, in the order of the map in `index`.
+"""The line at the end of each notebook that leads to the one before, to the map and to the next,
+in the order of the map in `index`.
 
     python .ci/links.py          # write it where it is missing or old; after a notebook was added, moved or renamed"""
-import hashlib, json, re, sys
+import hashlib, json, re
 from pathlib import Path
 
 nbs = Path(__file__).resolve().parent.parent/'nbs'
@@ -22,10 +23,12 @@ def lines():
     "File -> its line"
     steps = order()
     link = lambda i: f'[{steps[i][0]}]({steps[i][1]})' if 0 <= i < len(steps) else ''
-    return {f: ' · '.join(filter(None, (link(i-1) and f'← {link(i-1)}', mark, link(i+1) and f'{link(i+1)} →'))) for i, (_, f) in enumerate(steps)}
+    return {f: ' · '.join(filter(None, (link(i-1) and f'← {link(i-1)}', mark, link(i+1) and
+        f'{link(i+1)} →'))) for i, (_, f) in enumerate(steps)}
 
 
-def cell_of(nb): return next((c for c in nb['cells'] if c['cell_type'] == 'markdown' and mark in ''.join(c['source'])), None)
+def cell_of(nb): return next((c for c in nb['cells'] if c['cell_type'] == 'markdown' and mark in
+    ''.join(c['source'])), None)
 
 
 def write(path, line):
@@ -33,7 +36,8 @@ def write(path, line):
     nb = read(path)
     cell = cell_of(nb)
     if cell is None:
-        cell = dict(cell_type='markdown', id=hashlib.sha256(f'links {path.name}'.encode()).hexdigest()[:8], metadata={}, source=[])
+        name = hashlib.sha256(f'links {path.name}'.encode()).hexdigest()[:8]
+        cell = dict(cell_type='markdown', id=name, metadata={}, source=[])
         last = nb['cells'][-1]
         nb['cells'].insert(len(nb['cells'])-('nbdev_export(' in ''.join(last['source'])), cell)
     if cell['source'] == [line]: return False

@@ -1,10 +1,13 @@
 """Draw the emoji of data/emoji32.npz again at another size: data/cache/emoji64.npz, which `emoji64()` finds there.
 
-    python data/build_emoji.py                       # about 10 minutes on 2 cores; needs npm and rsvg-convert (Debian: librsvg2-bin)
+    python data/build_emoji.py                       # about 10 minutes on 2 cores; needs npm and
+    rsvg-convert (Debian: librsvg2-bin)
     python data/build_emoji.py --size 32 --out x.npz # the bundled file itself, as a check of the sources
 
-The pictures come from six npm packages (their licences: data/LICENSES). Each is drawn at 128 pixels, averaged over boxes and put
-on white. emoji32.npz says which of them belong to the set, in which order, of which class: a picture is found by its 32-pixel version."""
+The pictures come from six npm packages (their licences: data/LICENSES). Each is drawn at 128
+pixels, averaged over boxes and put
+on white. emoji32.npz says which of them belong to the set, in which order, of which class: a
+picture is found by its 32-pixel version."""
 import argparse, io, json, os, subprocess, sys, tarfile, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -2,7 +2,8 @@
 
     python data/build_fashion16.py FOLDER [--out fashion16_6k.npz]
 
-FOLDER holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz: torchvision's FashionMNIST(download=True) puts them
+FOLDER holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz: torchvision's
+FashionMNIST(download=True) puts them
 into FashionMNIST/raw, Debian's package dataset-fashion-mnist into /usr/share/datasets/fashion-mnist."""
 import argparse, gzip, hashlib, os, sys, zipfile
 from pathlib import Path

@@ -1,8 +1,10 @@
-"""Make data/imagenet64_layout_demo.zip again: emoji in the layout of EDM's and DMD2's ImageNet-64 zip, for tests of the layout only.
+"""Make data/imagenet64_layout_demo.zip again: emoji in the layout of EDM's and DMD2's ImageNet-64
+zip, for tests of the layout only.
 
     python data/build_layout_demo.py [--out x.zip]     # needs data/cache/emoji64.npz from build_emoji.py
 
-Which emoji resembles which ImageNet class was decided by hand; it is the table below. Every fourth of their pictures is taken (a class has four
+Which emoji resembles which ImageNet class was decided by hand; it is the table below. Every fourth
+of their pictures is taken (a class has four
 at least), so that the file stays small."""
 import argparse, io, json, os, sys, zipfile
 from pathlib import Path

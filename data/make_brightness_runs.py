@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from dmd2_nb.core import default_device, rng
+from dmd2_nb.core import rng
 from dmd2_nb.distill import DMD2
 from dmd2_nb.jobs import first_networks, open_data, open_teacher
 from dmd2_nb.recipes import recipe

@@ -143,7 +143,7 @@ class Bench:
             return seen[-1]
         def states(z, cond, generator):
             del seen[:]
-            for i,(x,s) in enumerate(few_step_states(noting, z, levels, cond, generator)):
+            for _i,(x,_s) in enumerate(few_step_states(noting, z, levels, cond, generator)):
                 inputs = x
             return torch.cat([seen[i] for i in range(len(levels)-1)], 1)
         x = draw(

@@ -7,7 +7,7 @@
 Toy runs: the ring, 2,000 iterations with the GAN on, watched by a `Guard` that must not raise an alarm. fashion16: the bundled recipe
 under other seeds. A log that is added is a run's folder, its log.csv, or FILE:ROW of a table of several runs; it counts from then on, and the
 check that follows tells whether the others of its recipe agree. Columns that `health` does not use are left out. The sick run is a toy run whose learning rates are ten times the recipe's, unwatched."""
-import argparse, csv, json, os, shutil, sys, tempfile, time
+import argparse, csv, os, shutil, sys, tempfile
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace

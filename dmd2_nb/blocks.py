@@ -148,9 +148,10 @@ class Block(nn.Module):
         skip_scale=1.,  # Factor of each residual sum
         adaptive=True,  # Embedding scales and shifts; else it only shifts
         project=False,  # 1x1 convolution on the skip whenever the resolution changes
-        init={}, init_zero={}, init_attn={}, # Initial values of the layers
+        init=None, init_zero=None, init_attn=None, # Initial values of the layers
     ):
         super().__init__()
+        init,init_zero,init_attn = init or {},init_zero or {},init_attn or {}
         self.cin, self.heads, self.dropout, self.skip_scale, self.adaptive = (
             cin,
             heads,

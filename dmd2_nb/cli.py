@@ -25,24 +25,16 @@ from dmd2_nb.options import (
 )
 from dmd2_nb.refusals import (
     COMMANDS,
-    NO_MEMORY,
     Parser,
     at_least,
     check_memory,
     check_seed,
     command,
-    explained,
-    free_memory,
     near,
     usable_device,
 )
 from dmd2_nb.sheets import (
-    MOST_PIXELS,
     PICTURES,
-    draw_curves,
-    draw_grid,
-    draw_pairs,
-    save_figure,
     save_sheet,
     sheet_size,
 )
@@ -91,7 +83,7 @@ def _recipe(a):
 def _watched(a):
     "Functions that draw, and a bar that also tells whoever else is to know"
     more = []
-    if a.push_to_hub: import huggingface_hub  # missing: said now, not after the training
+    if a.push_to_hub: import huggingface_hub  # noqa: F401 missing: said now, not after the training
     if a.tensorboard or a.wandb or a.dashboard:
         from dmd2_nb.dashboard import Dashboard, TensorBoardLog, WandbLog
         from dmd2_nb.follow import Progress
@@ -420,7 +412,7 @@ def prepare_main(argv): # Words of the command line
             OSError(f'{a.out} could not be written ({e.strerror})')
             if e.errno and not e.filename
             else e
-        )
+        ) from None
 
 # %% ../nbs/90_cli.ipynb #ceab8a7c
 # Each command as a function of a list of words, under the name it has in a shell

@@ -197,10 +197,11 @@ class Dashboard:
             if self.x is None
             else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
         )
+        cost = gone > 20 or self.done
+        watched = f'watching took {100*self.cost:.1f} % of the time' if cost else ''
         return (
             f'<style>{STYLE}</style><div class="dmd2board">{head if bar else ""}'
-            '<div '
-            f'class="p">{plots}{shown}</div>{f"watching took {100 * self.cost:.1f} % of the time" if gone > 20 or self.done else ""}</div>'
+            f'<div class="p">{plots}{shown}</div>{watched}</div>'
         )
 
     def page(self)->str:

@@ -9,15 +9,13 @@ __all__ = ['EDMPrecond', 'dsm_errors', 'dsm_loss', 'Guided']
 import torch
 from torch import nn, Tensor
 
-from .core import append_dims, at_least_float32, cond_cat, cond_index, cond_map, cond_repeat
+from .core import append_dims, at_least_float32, cond_cat, cond_map
 from dmd2_nb.noise import (
     add_noise,
     bin_sigmas,
     edm_scalings,
     edm_weight,
     loss_weight,
-    prior,
-    sample_sigma,
 )
 
 # %% ../nbs/05_denoiser.ipynb #2afc0e2c

@@ -66,7 +66,7 @@ class DMD2Config:
     warmup_fake:int=0         # Iterations of the critic alone, at the start and before the GAN begins [code: none]
     gan_start:int=0           # Generator updates before the GAN is on; it wants samples that are nearly right [F.2]
     ema_halflife:float=200.   # Half-life of the generator's average, in its updates; 0 is none [ours; paper: none]
-    dtype:str='auto'          # In networks: 'auto', 'float32', 'bfloat16', 'float16'; lower is faster [ours; code: bfloat16]
+    dtype:str='auto'          # In networks: 'auto', 'float32', 'bfloat16', 'float16'; lower is faster [ours; code: bf16]
     seed:int=10               # Names all random streams of the run [code]
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .assets import data_path, sha256
 from .system.atomic import one_move
 from .core import cond_index, cond_len, cond_to, rng
-from .images import ImageData, stream_rows, to_float, to_uint8
+from .images import stream_rows, to_float, to_uint8
 from .metrics import frechet, kid
 from .noise import karras_sigmas
 from .sampling import few_step_batches, few_step_sample, heun_sample

@@ -13,7 +13,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from .core import cond_map
+from .core import cond_index
 from .images import image_batches, stream_rows, to_float
 from .logs import CsvLog, Means
 from .signals import Signals, Stopped
@@ -182,7 +182,7 @@ def batches(
         rows,coins = _send(rows, device),_send(coins, device)
         x = images[rows]
         if flip: x = torch.where(coins[:,None,None,None], x.flip(-1), x)
-        yield to_float(x), cond_map(lambda t: t[rows], conds)
+        yield to_float(x), cond_index(conds, rows)
 
 # %% ../nbs/19d_follow.ipynb #531dfe31
 def cond_batches(
@@ -200,7 +200,7 @@ def cond_batches(
             yield None
             continue
         rows = _send(rows, device)
-        yield cond_map(lambda t: t[rows], conds)
+        yield cond_index(conds, rows)
 
 def _rows(n, batch, seed, start):
     "Rows of the endless shuffled stream, a batch at a time"

@@ -19,7 +19,7 @@ from .backsim import simulate
 from .system.atomic import one_move, write_json
 from .core import cond_cat, cond_index, cond_map, rng
 from .denoiser import dsm_errors
-from .health import health
+from .health import health  # noqa: F401 handed on
 from .logs import floats
 from .noise import sample_sigma
 

@@ -7,8 +7,8 @@ __all__ = ['ImageFiles', 'ImageLMDB', 'ImageZip', 'center_crop', 'center_patch',
            'prepare']
 
 # %% ../nbs/20b_image_files.ipynb #04dc0bf4
-from .system.image_files import (ImageFiles, ImageLMDB, ImageZip, center_crop, center_patch,
-                                        folder_images, image_tensor, open_image, prepare)
+from .system.image_files import (ImageLMDB, ImageZip, center_crop, folder_images,
+                                        image_tensor, open_image, prepare)
 
 _all_ = ['ImageFiles', 'ImageLMDB', 'ImageZip', 'center_crop', 'center_patch',
          'folder_images', 'image_tensor', 'open_image', 'prepare']

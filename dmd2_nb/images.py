@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .core import rng
 from .assets import data_path
-from .system.image_files import ImageFiles, ImageZip, ImageLMDB, folder_images
+from .system.image_files import ImageZip, ImageLMDB, folder_images
 from .system.image_labels import array_labels, check_labels, label_range
 from .system.image_names import some, tell
 from .system.tensors import check_finite

@@ -52,7 +52,7 @@ from .parallel import World, each_rank
 from .parallel_run import ParallelDMD2, load_parallel, save_parallel
 from .recipes import RECIPES, Recipe, falling_rate
 from .runs import Run
-from .teacher_job import TeacherJob, train_teacher_job  # handed on
+from .teacher_job import train_teacher_job  # handed on
 from .train import load_state, save_state, train
 from .weights import load_denoiser
 
@@ -249,7 +249,7 @@ def watch(
     run:Run,        # Its folder
 )->float: # Seconds of training
     "Train to the end, with log, guard, checkpoints and pictures on the way"
-    r,dmd,data,world = job.recipe,job.dmd,job.data,job.world
+    r,dmd,world = job.recipe,job.dmd,job.world
     root = Path(each_rank(str(run.state.absolute()))[0]) if world.many else run.state
     save,load = (save_parallel, load_parallel) if job.shared else (save_state, load_state)
     kept = load_last(root, lambda p: load(dmd, p), job.tell)[0] or {}

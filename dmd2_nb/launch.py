@@ -136,7 +136,9 @@ def _why(folder, lines):
 def _start(f, n, folder, args, kwargs):
     """In a fresh Python: one process per rank; the first that fails ends them all, and what started
     this one does not leave them behind"""
-    import logging, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor  # once, before the fork
+    # once, before the fork
+    import logging, torch._dynamo, torch.distributed.checkpoint  # noqa: F401
+    import torch.distributed.fsdp, torch.distributed.tensor  # noqa: F401
     from torch.multiprocessing import start_processes
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import json, re
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 from . import __version__
 from .assets import sha256

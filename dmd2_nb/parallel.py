@@ -14,7 +14,7 @@ from datetime import timedelta
 import json, os
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 

@@ -7,7 +7,6 @@ __all__ = ['passes', 'Traffic', 'traffic', 'Wire', 'held', 'work']
 
 # %% ../nbs/36b_parallel_cost.ipynb #9badae45
 from dataclasses import dataclass
-import math
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,7 +9,6 @@ __all__ = ['ManyProcesses', 'ParallelDMD2', 'save_parallel', 'load_parallel', 'g
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-import json
 
 import torch
 from torch import nn

@@ -163,7 +163,6 @@ def show_images(
     if n==0: raise ValueError('no images to show')
     h,w = images.shape[-2:]
     ncols = min(ncols, n)
-    nrows = math.ceil(n/ncols)
     pad = max(1, w//16)
     lines = 1+max(str(t).count('\n') for t in labels) if labels is not None and len(labels) else 0
     gap = pad + math.ceil((0.1+0.14*lines)*w/size if lines else 0)  # room for the text

@@ -37,7 +37,10 @@ class Preset:
 
 SDXL,SD15 = 'stabilityai/stable-diffusion-xl-base-1.0','stable-diffusion-v1-5/stable-diffusion-v1-5'
 DMD2_STEPS = (999, 749, 499, 249)
-SD15_FILE = 'model/sdv1.5/laion6.25_sd_baseline_8node_guidance1.75_lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_resume_fid8.35_checkpoint_model_041000/pytorch_model.bin'
+SD15_FILE = (
+    'model/sdv1.5/laion6.25_sd_baseline_8node_guidance1.75_lr5e-7_seed10_dfake10_diffusion1000_'
+    'gan1e-3_resume_fid8.35_checkpoint_model_041000/pytorch_model.bin'
+)
 
 # %% ../nbs/37a_presets.ipynb #87babfcb
 def _row(fid, patch, clip, lpips=None):

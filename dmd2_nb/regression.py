@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import at_least_float32, cond_cat, cond_index, cond_len, rng
+from .core import at_least_float32, cond_index, cond_len, rng
 from .noise import prior
 from .sampling import heun_sample
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from .follow import Progress, batches, cond_batches, follow  # handed on
-from .logs import CsvLog, Means, read_log  # handed on
+from .follow import Progress, batches, cond_batches, follow  # noqa: F401 handed on
+from .logs import CsvLog, Means, read_log  # noqa: F401 handed on
 from .system.atomic import making, naming, vanish, write_json
 from .system.checkpoint import read_signed_json, read_state, steps, write_signed_json
 from .system.tensors import Damaged

@@ -11,7 +11,7 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
-from .core import append_dims, at_least_float32, cond_index, cond_len, cond_to, rng
+from .core import at_least_float32, cond_index, cond_len, cond_to, rng
 from .noise import add_noise, check_sigmas, prior
 
 # %% ../nbs/06_sampling.ipynb #236c08a2

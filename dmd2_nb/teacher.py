@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dmd2_nb.system.checkpoint import (
     check_fields,

@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from .core import to_device
 from .system.atomic import one_move

@@ -1,9 +1,10 @@
 """Build the documentation site from the notebooks and the package: `python docs/build.py [--out _docs]`
 
-Pages and search by smalldocs, formulas by latex2mathml; the site asks no other server for anything. Nothing is executed: pages
+Pages and search by smalldocs, formulas by latex2mathml; the site asks no other server for
+anything. Nothing is executed: pages
 show the outputs that are stored in the notebooks."""
 import argparse, json, os, re, shutil, subprocess, sys, sysconfig, tempfile, tomllib
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 

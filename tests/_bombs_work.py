@@ -2,7 +2,7 @@
 
 Pickles out of the reader's own instructions, keys that collide, archives whose entries lie, and
 damaged LMDB pages. Each input ends in a value or in one line. Prints one line of JSON."""
-import bz2, io, json, lzma, os, pickle, random, signal, struct, sys, time, warnings, zipfile, zlib
+import bz2, io, json, lzma, pickle, random, signal, struct, sys, time, warnings, zipfile, zlib
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dmd2_nb.image_files import ImageLMDB, ImageZip
 from dmd2_nb.images import in_memory, npz_images
-from dmd2_nb.system.safe_pickle import ACTIONS, CALLS, OPCODES, read_pickle
+from dmd2_nb.system.safe_pickle import CALLS, OPCODES, read_pickle
 from dmd2_nb.system.tensors import read_state_dict
 from _fuzz_work import most
 

@@ -42,7 +42,9 @@ def process(args, log, **kw):
         finally:
             p.terminate()
             try: p.wait(20)
-            except subprocess.TimeoutExpired: p.kill(); p.wait()
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
 
 
 class Page:
@@ -50,7 +52,8 @@ class Page:
     def __init__(self, url):
         import websocket
         self.ws, self.n = websocket.create_connection(url, timeout=120, suppress_origin=True), 0
-        self.call('Page.enable'); self.call('Runtime.enable')
+        self.call('Page.enable')
+        self.call('Runtime.enable')
 
     def call(self, method, **params):
         "One command of the protocol, and its answer"
@@ -65,12 +68,19 @@ class Page:
     def js(self, code):
         "The value of an expression in the page"
         r = self.call('Runtime.evaluate', expression=code, returnByValue=True, awaitPromise=True)
-        if 'exceptionDetails' in r: raise RuntimeError(r['exceptionDetails'].get('exception', {}).get('description', str(r['exceptionDetails'])))
+        if 'exceptionDetails' in r:
+            raise RuntimeError(
+                r['exceptionDetails']
+                .get('exception', {})
+                .get('description', str(r['exceptionDetails']))
+            )
         return r['result'].get('value')
 
     def go(self, url): self.call('Page.navigate', url=url)
     def wait(self, code, seconds=60, what=None): return wait_for(lambda: self.js(code), seconds, what or code)
-    def size(self, w, h): self.call('Emulation.setDeviceMetricsOverride', width=w, height=h, deviceScaleFactor=1, mobile=False)
+    def size(self, w, h):
+        args = dict(width=w, height=h, deviceScaleFactor=1, mobile=False)
+        self.call('Emulation.setDeviceMetricsOverride', **args)
 
     def click(self, code):
         "A click of the mouse into the middle of the element that the expression gives"
@@ -79,7 +89,8 @@ class Page:
             f'r=e.getBoundingClientRect(); return [r.x+r.width/2, r.y+r.height/2]}})()'
         )
         self.call('Input.dispatchMouseEvent', type='mouseMoved', x=x, y=y)
-        for kind in ('mousePressed', 'mouseReleased'): self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
+        for kind in ('mousePressed', 'mouseReleased'):
+            self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
 
     def screenshot(self, path):
         Path(path).write_bytes(base64.b64decode(self.call('Page.captureScreenshot', format='png')['data']))
@@ -89,12 +100,17 @@ class Page:
 def chromium(tmp, width=1400, height=1000):
     "A `Page` in a new browser"
     port = free_port()
-    args = [find_chromium(), '--headless=new', f'--remote-debugging-port={port}', f'--user-data-dir={tmp}/profile', f'--window-size={width},{height}',
-            '--no-first-run', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking', '--disable-component-update', '--hide-scrollbars', '--no-sandbox', 'about:blank']
+    args = [find_chromium(), '--headless=new', f'--remote-debugging-port={port}',
+        f'--user-data-dir={tmp}/profile', f'--window-size={width},{height}',
+            '--no-first-run', '--disable-gpu', '--disable-dev-shm-usage',
+                '--disable-background-networking', '--disable-component-update',
+                    '--hide-scrollbars', '--no-sandbox', 'about:blank']
     with process(args, Path(tmp)/'chromium.log', env=os.environ | {'HOME': str(tmp)}) as p:
         def tab():
-            if p.poll() is not None: raise RuntimeError(f'Chromium has ended:\n{(Path(tmp)/"chromium.log").read_text()[-2000:]}')
-            return next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json', timeout=5)) if o['type'] == 'page')
+            if p.poll() is not None: raise RuntimeError(f'Chromium has ended:\n'
+                                                        f'{(Path(tmp)/"chromium.log").read_text()[-2000:]}')
+            return next(o for o in json.load(urlopen(f'http://127.0.0.1:{port}/json', timeout=5)) if o[
+                'type'] == 'page')
         page = Page(wait_for(tab, 90, f'Chromium answers (see {tmp}/chromium.log)')['webSocketDebuggerUrl'])
         page.size(width, height)
         try: yield page
@@ -108,18 +124,33 @@ def jupyterlab(tmp, folder, **env):
     tmp, port, token = Path(tmp), free_port(), 'dmd2'
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings = tmp/'settings'/'@jupyterlab'
-    for name, values in {'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False), 'notebook-extension/tracker': dict(windowingMode='none')}.items():
+    for name, values in {'apputils-extension/notification': dict(fetchNews='false', checkForUpdates=False),
+        'notebook-extension/tracker': dict(windowingMode='none')}.items():
         p = settings/f'{name}.jupyterlab-settings'
         p.parent.mkdir(parents=True, exist_ok=True)
         p.write_text(json.dumps(values))
-    env = os.environ | {k: str(tmp/k.lower()) for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')} | {'JUPYTERLAB_SETTINGS_DIR': str(tmp/'settings'),
-           'JUPYTERLAB_WORKSPACES_DIR': str(tmp/'workspaces'), 'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))} | env
-    args = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}',
-            f'--ServerApp.root_dir={folder}', '--LabApp.news_url=None', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
+    env = (
+        os.environ
+        | {
+            k: str(tmp / k.lower())
+            for k in ('JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')
+        }
+        | {
+            'JUPYTERLAB_SETTINGS_DIR': str(tmp / 'settings'),
+            'JUPYTERLAB_WORKSPACES_DIR': str(tmp / 'workspaces'),
+            'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')])),
+        }
+        | env
+    )
+    args = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+        f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}',
+            f'--ServerApp.root_dir={folder}', '--LabApp.news_url=None',
+                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
     with process(args, tmp/'jupyterlab.log', env=env) as p:
         ask = Request(f'http://127.0.0.1:{port}/api/status', headers={'Authorization': f'token {token}'})
         def answers():
-            if p.poll() is not None: raise RuntimeError(f'JupyterLab has ended:\n{(tmp/"jupyterlab.log").read_text()[-2000:]}')
+            if p.poll() is not None: raise RuntimeError(f'JupyterLab has ended:\n'
+                                                        f'{(tmp/"jupyterlab.log").read_text()[-2000:]}')
             return urlopen(ask, timeout=5).status == 200
         wait_for(answers, 180, f'JupyterLab answers (see {tmp}/jupyterlab.log)')
         yield f'http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset'
@@ -162,12 +193,122 @@ def run_all(page, seconds=600, look=lambda: None):
         now = page.js(prompts)
         if any('*' in o for o in now): return False
         errors = page.js(
-            '[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent).filter(o=>o.includes("Traceback '
+            '[...document.querySelectorAll(".jp-OutputArea-output")].map(o=>o.textContent)'
+            '.filter(o=>o.includes("Traceback '
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
+            ''
             '(most recent call last)"))'
         )
         if errors or all(any(c.isdigit() for c in o) for o in now): return [errors]
-        if page.js('!!document.querySelector(".jp-Dialog")'): page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')  # "Restart Kernel?"
-        elif time.monotonic() > tried[-1]+60:  # the first time, or what was asked for got lost; a restart waits for the kernel
+        if page.js('!!document.querySelector(".jp-Dialog")'):  # "Restart Kernel?"
+            page.click('document.querySelector(".jp-Dialog .jp-mod-accept")')
+        # the first time, or what was asked for got lost; a restart waits for the kernel
+        elif time.monotonic() > tried[-1]+60:
             tried.append(time.monotonic())
             menu(page, 'Run', 'Restart Kernel and Run All Cells')
         return False

@@ -11,8 +11,10 @@ from dmd2_nb.parts import Draws
 
 
 class NoDecisions(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: a number read into Python, random numbers. What is only done on a CPU is left alone: checks of arguments,
-    which read a truth or a label, and AdamW's count of steps, which is a tensor where the optimiser is capturable. So is a single random number, such as the
+    """Refuses what a CUDA graph cannot hold: a number read into Python, random numbers. What is
+    only done on a CPU is left alone: checks of arguments,
+    which read a truth or a label, and AdamW's count of steps, which is a tensor where the
+    optimiser is capturable. So is a single random number, such as the
     generator's step: it is a decision, and the key of the recording names it"""
     stepping = False
     draws = ('rand', 'randn', 'randint', 'normal_', 'uniform_', 'random_', 'bernoulli_')

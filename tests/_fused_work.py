@@ -1,6 +1,8 @@
-"""The kernels of dmd2_nb.fused, run value by value in Triton's interpreter: python tests/_fused_work.py PART prints one JSON of errors
+"""The kernels of dmd2_nb.fused, run value by value in Triton's interpreter: python
+tests/_fused_work.py PART prints one JSON of errors
 
-The interpreter has to be switched on before Triton is imported, so this is a process of its own. The part "compiled" runs nothing."""
+The interpreter has to be switched on before Triton is imported, so this is a process of its own.
+The part "compiled" runs nothing."""
 import json
 import os
 import sys

@@ -1,6 +1,8 @@
-"""Thousands of broken pickles through the restricted reader, in a process that watches itself: python tests/_fuzz_work.py FOLDER N
+"""Thousands of broken pickles through the restricted reader, in a process that watches itself:
+python tests/_fuzz_work.py FOLDER N
 
-Nothing may be executed, imported or written, no error may be other than one ValueError of one line, and the memory must stay small.
+Nothing may be executed, imported or written, no error may be other than one ValueError of one
+line, and the memory must stay small.
 Prints one line of JSON."""
 import collections, json, os, pickle, pickletools, random, resource, struct, sys, tempfile, time
 from pathlib import Path

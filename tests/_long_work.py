@@ -1,4 +1,5 @@
-"""A long toy run as a command would make it, with log, guard and checkpoints: python tests/_long_work.py ITERATIONS WARM FOLDER
+"""A long toy run as a command would make it, with log, guard and checkpoints: python
+tests/_long_work.py ITERATIONS WARM FOLDER
 
 Prints one line of JSON: memory and open files along the way, and what logging and watching cost."""
 import gc, io, json, os, sys, time

@@ -2,7 +2,8 @@
 
     python tests/_survive_work.py FOLDER
 
-One process imports everything and forks each run, so that a kill costs a second and not a start of Python. It prints one line of JSON."""
+One process imports everything and forks each run, so that a kill costs a second and not a start of
+Python. It prints one line of JSON."""
 import contextlib, hashlib, io, json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path

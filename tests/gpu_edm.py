@@ -1,7 +1,11 @@
-"""Measure the ImageNet-64 network on this GPU: python tests/gpu_edm.py --out DIR writes DIR/edm_h100.json, the stored log with this run added
+"""Measure the ImageNet-64 network on this GPU: python tests/gpu_edm.py --out DIR writes
+DIR/edm_h100.json, the stored log with this run added
 
-Random weights of the published geometry. Parts, each printed and written as soon as it is known: the bf16 matrix rate, Triton's kernels
-against plain operations, the whole network's error, one-step sampling, the training step, the emoji recipe's step alone and with several runs on one card. --tiny runs the same on a CPU, without graphs."""
+Random weights of the published geometry. Parts, each printed and written as soon as it is known:
+the bf16 matrix rate, Triton's kernels
+against plain operations, the whole network's error, one-step sampling, the training step, the
+emoji recipe's step alone and with several runs on one card. --tiny runs the same on a CPU, without
+graphs."""
 import argparse, gc, json, sys, time, traceback
 from contextlib import nullcontext
 from copy import deepcopy
@@ -494,7 +498,7 @@ def emoji(rep, args, together=(1, 2, 4)):
             row |= {f'{k}_ms': v for k,v in turns(runs[0], turn, 2 if args.tiny else 50).items()}
         bad = sorted({k for o in out for k,v in o.items() if not v.isfinite().all()})
         rep.add(**row, **(dict(not_finite=bad) if bad else {}), ok=not bad)
-        del runs,loops,turn,out
+        runs = loops = turn = None  # their memory is free before the next number of runs begins
 
 def turns(dmd, turn, n):
     "ms of iterations with and without a generator update, each by itself"

@@ -1,8 +1,12 @@
-"""Time our pass of Inception statistics against torch-fidelity's on this GPU: python tests/gpu_eval.py --out eval_gpu.json
+"""Time our pass of Inception statistics against torch-fidelity's on this GPU: python
+tests/gpu_eval.py --out eval_gpu.json
 
-50,000 random pictures and random weights in the layout of the published file, so that nothing has to be fetched; the same file, batch and
-cards for both. Parts, each printed and written as soon as it is known: the two passes in turn, with their peak memory; FID and KID of the
-same features, ours beside theirs; the whole table. A file that is there already keeps its runs. --tiny runs the same on a CPU."""
+50,000 random pictures and random weights in the layout of the published file, so that nothing has
+to be fetched; the same file, batch and
+cards for both. Parts, each printed and written as soon as it is known: the two passes in turn,
+with their peak memory; FID and KID of the
+same features, ours beside theirs; the whole table. A file that is there already keeps its runs.
+--tiny runs the same on a CPU."""
 import argparse, gc, json, os, sys, tempfile, time, traceback, warnings
 from pathlib import Path
 from statistics import median

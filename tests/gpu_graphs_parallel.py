@@ -1,12 +1,16 @@
 """CUDA graphs and several processes together, on this machine's GPUs:
 
-    python tests/gpu_graphs_parallel.py                  # everything, within --limit seconds; rows in $OUT/graphs_parallel.json
+    python tests/gpu_graphs_parallel.py                  # everything, within --limit seconds; rows
+    in $OUT/graphs_parallel.json
     python tests/gpu_graphs_parallel.py --nets small     # the small network alone
     python tests/gpu_graphs_parallel.py --tiny           # a dry run on the CPU with gloo and the recorder of the tests
 
-Random weights; nothing is downloaded. First one process that is a group of its own (gradients go through NCCL, and meet nobody), then two where there
-are two GPUs. `agree`: the same float32 run plain, as graphs, as a process of a group, and both, compared by losses and weights. `pace`: milliseconds an
-iteration in bfloat16, the median over whole cycles of 1 generator turn and 4 more of the critic; with two processes also the efficiency, which is the time
+Random weights; nothing is downloaded. First one process that is a group of its own (gradients go
+through NCCL, and meet nobody), then two where there
+are two GPUs. `agree`: the same float32 run plain, as graphs, as a process of a group, and both,
+compared by losses and weights. `pace`: milliseconds an
+iteration in bfloat16, the median over whole cycles of 1 generator turn and 4 more of the critic;
+with two processes also the efficiency, which is the time
 of one GPU alone over that of both, at the same batch a GPU."""
 import argparse, gc, json, math, os, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import dataclass

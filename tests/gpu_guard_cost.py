@@ -1,12 +1,17 @@
 """What guard, log and dashboard cost of a run: python tests/gpu_guard_cost.py --out DIR writes DIR/guard_cost.json
 
-    python tests/gpu_guard_cost.py --recipe emoji32                    # on a GPU, replayed as CUDA graphs; about a minute
+    python tests/gpu_guard_cost.py --recipe emoji32                    # on a GPU, replayed as CUDA
+    graphs; about a minute
     python tests/gpu_guard_cost.py --recipe fashion16 --device cpu     # also toy
 
-On a GPU three runs of one seed go on side by side, some iterations each in turn: bare, with log and dashboard, and with the guard too. A turn of
-the bare run is what the next turns of the others are compared with; the median over all rounds is given, and how far the rounds scatter. On
-a CPU, where other processes disturb more than there is to measure, one run's own calls are timed (`--turns` for the former).
-Before that, a watched run and a bare one are compared with deterministic algorithms: they must have the same weights, bit by bit."""
+On a GPU three runs of one seed go on side by side, some iterations each in turn: bare, with log
+and dashboard, and with the guard too. A turn of
+the bare run is what the next turns of the others are compared with; the median over all rounds is
+given, and how far the rounds scatter. On
+a CPU, where other processes disturb more than there is to measure, one run's own calls are timed
+(`--turns` for the former).
+Before that, a watched run and a bare one are compared with deterministic algorithms: they must
+have the same weights, bit by bit."""
 import argparse, json, os, sys, tempfile, threading, time, traceback
 from contextlib import ExitStack
 from dataclasses import replace
@@ -132,7 +137,7 @@ def alike(a, new, n):
             (Guard(dmd, ref, **settings(a, dmd)) if watched else None),
             train(dmd, conds, n, reals),
         )
-        for log in guard.watch(logs) if watched else logs: pass
+        for _log in guard.watch(logs) if watched else logs: pass
         nets.append(dmd)
     torch.use_deterministic_algorithms(False)
     return all(
@@ -223,7 +228,7 @@ def side_by_side(a, new, cuda):
     with tempfile.TemporaryDirectory() as d:
         def bare():
             dmd, conds, reals, *_ = runs['bare']
-            for log in turns.logs('bare', train(dmd, conds, 10**9, reals)): pass
+            for _log in turns.logs('bare', train(dmd, conds, 10**9, reals)): pass
         def followed(kind):
             dmd, conds, reals, ref, every = runs[kind]
             guard = Guard(dmd, ref, **settings(a, dmd)) if kind == 'guard' else None

@@ -1,13 +1,17 @@
-"""Several GPUs of one machine: SDXL in pieces (FSDP2), the ImageNet-64 step in copies (DDP), a checkpoint from many processes to one.
+"""Several GPUs of one machine: SDXL in pieces (FSDP2), the ImageNet-64 step in copies (DDP), a
+checkpoint from many processes to one.
 
     python tests/gpu_parallel.py run                     # all parts on all GPUs of this machine, within --limit seconds
     python tests/gpu_parallel.py run --only imagenet64   # some parts
     python tests/gpu_parallel.py run --tiny              # a dry run on the CPU with gloo, some minutes
     torchrun --nproc_per_node=2 tests/gpu_parallel.py part imagenet64   # one part by hand
 
-Networks are built from their config with random weights on the GPUs; nothing is downloaded. Each part is a torchrun of its own with a time
-limit of its own, so that none can spoil another. Rows go to $OUT/parallel_gpu.json (or runs/parallel_gpu.json) as they come, a table comes last."""
-import argparse, gc, hashlib, itertools, json, math, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+Networks are built from their config with random weights on the GPUs; nothing is downloaded. Each
+part is a torchrun of its own with a time
+limit of its own, so that none can spoil another. Rows go to $OUT/parallel_gpu.json (or
+runs/parallel_gpu.json) as they come, a table comes last."""
+import argparse, gc, hashlib, itertools, json, math, os, shutil, signal, socket
+import subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +105,7 @@ def network(a, device):
     torch.manual_seed(0)
     with torch.device(device): net = ADMUNet(**kw)
     with torch.no_grad():
-        for n, p in net.named_parameters():
+        for _n, p in net.named_parameters():
             if p.ndim > 1 and p.std() < 1e-4: p.normal_(0, 0.02)
     return EDMPrecond(net).eval().requires_grad_(False)
 
@@ -163,7 +167,7 @@ def garments(a, device):
     torch.manual_seed(0)
     with torch.device(device): net = ADMUNet(**kw)
     with torch.no_grad():
-        for n, p in net.named_parameters():
+        for _n, p in net.named_parameters():
             if p.ndim > 1 and p.std() < 1e-4: p.normal_(0, 0.02)
     return EDMPrecond(net).eval().requires_grad_(False)
 
@@ -172,7 +176,8 @@ def median(v): return sorted(v)[len(v)//2]
 
 
 def graphed(a, w, rows, name, make, batch, cycles, **changes):
-    """One GPU while the others wait, all GPUs at the same batch each, all GPUs at the same batch in all; graphs, fused kernels.
+    """One GPU while the others wait, all GPUs at the same batch each, all GPUs at the same batch
+    in all; graphs, fused kernels.
     Median over the cycles of `ttur` iterations, after all kinds of turn are recorded"""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     alone, got, logs, begun = World(device=w.device), {}, {}, {}
@@ -489,8 +494,10 @@ def sdxl_one(a, w, rows):
 
 # -- a checkpoint of many processes goes on in one --
 def resume(a, w, rows):
-    """Five iterations on all GPUs, saved; five more on all, and the same five on the first alone with the whole batch, in bf16 and in float32.
-    bf16's error is how far the one GPU in bf16 is from itself in float32, or a step of bf16 where that is more; two runs with such errors may lie twice that apart"""
+    """Five iterations on all GPUs, saved; five more on all, and the same five on the first alone
+    with the whole batch, in bf16 and in float32.
+    bf16's error is how far the one GPU in bf16 is from itself in float32, or a step of bf16 where
+    that is more; two runs with such errors may lie twice that apart"""
     batch, n, base = (4 if a.tiny else 16)*w.size, 5, Path(a.folder)
     changes = dict(warmup_fake=0, ttur=1, lr_g=1e-5, lr_fake=1e-5, lr_head=1e-5)
     take = lambda dmd, stream, start: [
@@ -909,7 +916,128 @@ def table(rows):
     )
     for r in of('sdxl'):
         print(
-            f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f} "
+            f"{r['ranks']:>5}{r['batch_each']:>11}{r['optim']:>11}{r['iterations']:>11}"
+            f"{r['s_per_iteration']:>12.3f}{r['images_s']:>9.2f} "
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
+            f""
             f" {gib(r)}{'' if r['finite'] else '  NOT FINITE'}"
         )
     for r in of('no room'):

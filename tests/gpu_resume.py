@@ -1,8 +1,12 @@
-"""Killed runs on a GPU, with deterministic algorithms: python tests/gpu_resume.py --out DIR writes DIR/resume_gpu.json, about a minute
+"""Killed runs on a GPU, with deterministic algorithms: python tests/gpu_resume.py --out DIR writes
+DIR/resume_gpu.json, about a minute
 
-Each run is the bundled fashion16 recipe, shortened and with the GAN on early, in a process of its own; several share the card. It is
-killed at a random iteration after its first checkpoint, and the same command goes on; its tensors and its log are compared with those of
-an unbroken run, bit by bit. Plain passes and CUDA graphs; `--device cpu --iters 40 --kills 2` for a look without a GPU."""
+Each run is the bundled fashion16 recipe, shortened and with the GAN on early, in a process of its
+own; several share the card. It is
+killed at a random iteration after its first checkpoint, and the same command goes on; its tensors
+and its log are compared with those of
+an unbroken run, bit by bit. Plain passes and CUDA graphs; `--device cpu --iters 40 --kills 2` for
+a look without a GPU."""
 import argparse, hashlib, json, os, random, select, signal, sys, tempfile, time, traceback, warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +16,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import torch  # the parent never asks for the card: only its children do, so that they can be forked
-from dmd2_nb import graphs, jobs
+from dmd2_nb import jobs
 from dmd2_nb.system.checkpoint import load_folder, steps
 from dmd2_nb.recipes import recipe
 

@@ -1,13 +1,18 @@
 """SDXL on one GPU: memory against plan, seconds per iteration, recordings against plain passes.
 
-    python tests/gpu_sdxl.py predict                 # on any machine, before the GPU run: writes data/runs/sdxl_plan.json
-    python tests/gpu_sdxl.py run                     # on the GPU: everything below, in this order, within --limit seconds
+    python tests/gpu_sdxl.py predict                 # on any machine, before the GPU run: writes
+    data/runs/sdxl_plan.json
+    python tests/gpu_sdxl.py run                     # on the GPU: everything below, in this order,
+    within --limit seconds
     python tests/gpu_sdxl.py run --only check,bf16   # some rows
     python tests/gpu_sdxl.py run --tiny              # a dry run on the CPU, a minute or two
-    python tests/gpu_sdxl.py merge $OUT/sdxl_gpu.json   # rows of a run into data/runs/sdxl_gpu.json; those of the same name are replaced
+    python tests/gpu_sdxl.py merge $OUT/sdxl_gpu.json   # rows of a run into
+    data/runs/sdxl_gpu.json; those of the same name are replaced
 
-Full-size U-Nets are built from their config with random weights on the GPU; nothing is downloaded. A row (or a group of rows) has a
-process of its own, so that none can spoil another; rows go to $OUT/sdxl_gpu.json (or runs/sdxl_gpu.json) as they come, one line each is
+Full-size U-Nets are built from their config with random weights on the GPU; nothing is downloaded.
+A row (or a group of rows) has a
+process of its own, so that none can spoil another; rows go to $OUT/sdxl_gpu.json (or
+runs/sdxl_gpu.json) as they come, one line each is
 printed, and the table comes last."""
 import argparse, gc, json, os, subprocess, sys, tempfile, threading, time, traceback
 from dataclasses import asdict, replace
@@ -18,7 +23,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 import torch
 
-from dmd2_nb.sdxl.adapter import SD15_UNET, SDXL_UNET, TINY_SD15, TINY_SDXL, EpsDenoiser, make_unet
+from dmd2_nb.sdxl.adapter import SD15_UNET, TINY_SD15, TINY_SDXL, EpsDenoiser, make_unet
 from dmd2_nb.sdxl.conditioning import SDXLCond, micro_ids, zero_uncond
 from dmd2_nb.sdxl.graphs import EchoRecorder, Graphs
 from dmd2_nb.sdxl.memory import GiB
@@ -89,7 +94,7 @@ ROWS = {
     # three full networks, for a card of 140 GB
     'full': dict(setup=replace(base, kind='full'), plan=True, asked=True),
 }
-for n, r in ROWS.items():
+for _n, r in ROWS.items():
     if r.get('group') or r.get('plan'):
         r |= dict(
             warm=1 + r['setup'].recorded,
@@ -473,7 +478,8 @@ def table(rows, plan):
             # what recorded passes take between start and end
             if m and r.get('pool_reserved'): m += r['pool_reserved']-r['pool_allocated']
             print(
-                f'{r["row"]:<14}{k:<18}{gib(q):>10}{gib(m):>10}{(f"{q / m:.3f}" if q and m else "-"):>7}{gib(r["reserved"].get(k)):>10}{r["seconds"].get(k, float("nan")):9.3f}'
+                f'{r["row"]:<14}{k:<18}{gib(q):>10}{gib(m):>10}{(f"{q / m:.3f}" if q and m else "-"):>7}'
+                f'{gib(r["reserved"].get(k)):>10}{r["seconds"].get(k, float("nan")):9.3f}'
             )
         if r.get('passes'):
             print(

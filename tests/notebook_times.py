@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python tests/notebook_times.py --cores 2                  # on a machine that does nothing else
     python tests/notebook_times.py --only 10_dmd 14_distill --out /dev/null     # try it on some
 
-Runs what `nbdev-test` runs (cells without a flag), writes data/runs/notebook_seconds.json, from which the tables of INSTRUCTOR.md are
+Runs what `nbdev-test` runs (cells without a flag), writes data/runs/notebook_seconds.json, from
+which the tables of INSTRUCTOR.md are
 written again, and ends with 1 if a notebook failed. `--table` only writes the tables from the file that is there."""
-import argparse, json, os, platform, re, subprocess, sys, time
+import argparse, json, os, platform, subprocess, sys, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent

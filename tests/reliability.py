@@ -2,7 +2,8 @@
 
     python tests/reliability.py [kills] [fuzz] [bombs] [long] [guards] [cost]
 
-It runs what the tests run, the long ones at their full length; parts that are not named keep their figures. Takes a quarter of an hour."""
+It runs what the tests run, the long ones at their full length; parts that are not named keep their
+figures. Takes a quarter of an hour."""
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -97,27 +98,27 @@ def guards():
     for name, (plant, want) in t.plants.items():
         for seed in (0, 1):
             dmd, guard, reals = t.toy_run(seed, gan_start=0)
-            for log in guard.watch(t.train(dmd, None, t.BEFORE, reals())): pass
+            for _log in guard.watch(t.train(dmd, None, t.BEFORE, reals())): pass
             plant(dmd)
             try:
-                for log in guard.watch(t.train(dmd, None, 50, reals(t.BEFORE))): pass
+                for _log in guard.watch(t.train(dmd, None, 50, reals(t.BEFORE))): pass
             except t.Alarm as a:
                 if a.name == want: late.setdefault(name, []).append(dmd.step-t.BEFORE)
     phases = []  # the slowest kind of failure, planted at other iterations
     for seed in (0, 1, 2):
         for before in (210, 215, 221, 229, 234, 239):
             dmd, guard, reals = t.toy_run(seed, gan_start=0)
-            for log in guard.watch(t.train(dmd, None, before, reals())): pass
+            for _log in guard.watch(t.train(dmd, None, before, reals())): pass
             t.stale(dmd)
             try:
-                for log in guard.watch(t.train(dmd, None, 60, reals(before))): pass
+                for _log in guard.watch(t.train(dmd, None, 60, reals(before))): pass
                 phases.append(None)
             except t.Alarm: phases.append(dmd.step-before)
     for seed in (11, 12, 13):
         dmd, guard, reals = t.toy_run(seed)
         try:
-            for log in guard.watch(t.train(dmd, None, 2000, reals())): pass
-        except t.Alarm as a: alarms += 1
+            for _log in guard.watch(t.train(dmd, None, 2000, reals())): pass
+        except t.Alarm: alarms += 1
     return dict(
         late=late,
         planted=2 * len(t.plants),

@@ -2,7 +2,8 @@
 
     python tests/run.py
 
-The lessons run as a user's would: with the package installed from its wheel in an environment of its own, outside of this
+The lessons run as a user's would: with the package installed from its wheel in an environment of
+its own, outside of this
 checkout. Needs the extras of `pip install -e '.[all]'`. The first failing check ends the run with its exit code."""
 import os, shutil, subprocess, sys, sysconfig, tempfile, time, venv
 from pathlib import Path

@@ -1,6 +1,6 @@
 """What is written appears whole or not at all, and what is not whole is named: files, folders,
 checkpoints, of one process and of many"""
-import errno, json, os, re, subprocess, sys
+import errno, os, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,6 @@ from dmd2_nb.system.checkpoint import (
     read_signed_json,
     save_folder,
     save_step,
-    steps,
     write_signed_json,
 )
 from dmd2_nb.system.tensors import Damaged
@@ -161,7 +160,11 @@ def test_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
         write_text(tmp_path/'x', 'more')
 
 
-@pytest.mark.parametrize('write', [lambda p: write_text(p, 'b'), lambda p: save_folder(p, {}, dict(step=2))], ids=['file', 'folder'])
+@pytest.mark.parametrize(
+    'write',
+    [lambda p: write_text(p, 'b'), lambda p: save_folder(p, {}, dict(step=2))],
+    ids=['file', 'folder'],
+)
 def test_links_stay_links(tmp_path, write):
     "What is written through a link lies where the link leads"
     (tmp_path/'disk').mkdir()
@@ -289,7 +292,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import test_atomic as t
 here, how, rename = Path(sys.argv[1]), sys.argv[2], Path.rename
-write = dict(one=lambda n: t.save_folder(here, dict(a=dict(w=torch.full((2,), float(n)))), dict(step=n)), many=lambda n: t.save_many(here, n))[how]
+def one(n): t.save_folder(here, dict(a=dict(w=torch.full((2,), float(n)))), dict(step=n))
+write = one if how == 'one' else lambda n: t.save_many(here, n)
 write(1)
 def once(self, target):
     rename(self, target)

@@ -54,7 +54,8 @@ def page(lab, tmp_path, request):
 # Keeps the values of the progress bar, and counts the dashboard's drawings, as the page changes
 watch = """window.seen = []; window.live = 0; window.drawn = '';
 new MutationObserver(() => {
-  document.querySelectorAll('.jp-OutputArea-output progress').forEach(p => { if (!seen.includes(p.value)) seen.push(p.value) });
+  document.querySelectorAll('.jp-OutputArea-output progress')
+    .forEach(p => { if (!seen.includes(p.value)) seen.push(p.value) });
   const now = document.querySelector('.dmd2board figure')?.outerHTML;
   if (now && now != window.drawn) { window.live++; window.drawn = now }
 }).observe(document.body, {subtree: true, childList: true}); 0"""

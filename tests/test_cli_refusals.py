@@ -34,13 +34,26 @@ def files(tmp_path_factory):
         save_file(dict(w=torch.zeros(2)), d/f'{name}.safetensors', metadata=dict(denoiser=json.dumps(config)))
     x, y = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8), np.arange(80) % 10
     for name, arrays in dict(
-            good=dict(images=x, labels=y, class_names=[f'kind {i}' for i in range(10)]), floats=dict(images=x/255, labels=y), wide=dict(images=x.astype('int64'), labels=y),
-            flat=dict(images=x.reshape(80, 64), labels=y), small=dict(images=x[:, :4, :4], labels=y), colour=dict(images=np.stack([x]*3, -1), labels=y),
-            deep=dict(images=x[None, None], labels=y), bare=dict(images=x), short=dict(images=x, labels=y[:9]), nine=dict(images=x, labels=y % 9), negative=dict(images=x, labels=y-1),
-            words=dict(images=x, labels=y.astype(str)), seven=dict(images=x[:7], labels=np.arange(7)+3), other=dict(pictures=x),
-            stats=dict(mu=np.zeros(64), sigma=np.eye(64), features=np.array('lite0')), objects=dict(images=np.array([x, None], dtype=object))).items(): np.savez(d/f'{name}.npz', **arrays)
-    (d/'cut.npz').write_bytes((d/'good.npz').read_bytes()[:-500])
-    (d/'text.npz').write_text('not an archive')
+        good=dict(images=x, labels=y, class_names=[f'kind {i}' for i in range(10)]),
+        floats=dict(images=x / 255, labels=y),
+        wide=dict(images=x.astype('int64'), labels=y),
+        flat=dict(images=x.reshape(80, 64), labels=y),
+        small=dict(images=x[:, :4, :4], labels=y),
+        colour=dict(images=np.stack([x] * 3, -1), labels=y),
+        deep=dict(images=x[None, None], labels=y),
+        bare=dict(images=x),
+        short=dict(images=x, labels=y[:9]),
+        nine=dict(images=x, labels=y % 9),
+        negative=dict(images=x, labels=y - 1),
+        words=dict(images=x, labels=y.astype(str)),
+        seven=dict(images=x[:7], labels=np.arange(7) + 3),
+        other=dict(pictures=x),
+        stats=dict(mu=np.zeros(64), sigma=np.eye(64), features=np.array('lite0')),
+        objects=dict(images=np.array([x, None], dtype=object)),
+    ).items():
+        np.savez(d / f'{name}.npz', **arrays)
+    (d / 'cut.npz').write_bytes((d / 'good.npz').read_bytes()[:-500])
+    (d / 'text.npz').write_text('not an archive')
     (d/'text.safetensors').write_text('not a tensor in sight')
     (d/'none').mkdir()
     return d
@@ -51,8 +64,19 @@ def here(files, tmp_path, monkeypatch):
     "An empty folder to be in, beside which `f/` holds the files; the recipe is one for a second"
     r = recipes.RECIPES['fashion16']
     every = dict(log=3, show=0, save=3, eval=0)
-    tiny = replace(r, net=net, config=replace(r.config, batch=8, warmup_fake=2, gan_start=1), iters=9, teacher=r.teacher | dict(steps=9, batch=8),
-                   sampler=dict(steps=2), features='pixels', n_eval=12, n_watch=12, every=every, teacher_every=every)
+    tiny = replace(
+        r,
+        net=net,
+        config=replace(r.config, batch=8, warmup_fake=2, gan_start=1),
+        iters=9,
+        teacher=r.teacher | dict(steps=9, batch=8),
+        sampler=dict(steps=2),
+        features='pixels',
+        n_eval=12,
+        n_watch=12,
+        every=every,
+        teacher_every=every,
+    )
     monkeypatch.setitem(recipes.RECIPES, 'fashion16', tiny)
     (tmp_path/'f').symlink_to(files)
     (tmp_path/'here').mkdir()
@@ -65,7 +89,11 @@ def here(files, tmp_path, monkeypatch):
 def no_pictures(monkeypatch): monkeypatch.setattr(cli, 'PICTURES', {})
 
 
-def listing(folder): return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in sorted(folder.rglob('*'))}
+def listing(folder):
+    return {
+        str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes()
+        for p in sorted(folder.rglob('*'))
+    }
 def call(line): return cli.main(line.split())
 good = 'distill --teacher ../f/teacher.safetensors --data ../f/good.npz --device cpu'
 train = 'train_teacher --data ../f/good.npz --device cpu'
@@ -114,10 +142,13 @@ bad = dict(
     evaluate_no_sweep=('evaluate ../f/none --sweep', '../f/none has no two checkpoints', '--keep-every'),
     evaluate_empty_folder=('evaluate ../f/none --data ../f/good.npz', '../f/none: no images'),
     evaluate_few_real=('evaluate ../f/good.npz --data ../f/seven.npz', 'seven.npz: 7 images are too few'),
-    evaluate_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception --weights ../f/gone.pth', 'gone.pth: no such file'),
-    evaluate_no_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception', 'weights-inception-2015-12-05-6726825d.pth (96 MB): give its path (--weights)', 'with --download'),
+    evaluate_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception --weights '
+                      '../f/gone.pth', 'gone.pth: no such file'),
+    evaluate_no_weights=('evaluate ../f/good.npz --data ../f/good.npz --features inception',
+        'weights-inception-2015-12-05-6726825d.pth (96 MB): give its path (--weights)', 'with --download'),
     evaluate_grey=('evaluate ../f/good.npz --data ../f/good.npz --features lite0', 'grey images'),
-    evaluate_statistics=('evaluate ../f/good.npz --data ../f/stats.npz --features pixels', "stats.npz", "'lite0'", "'pixels'"),
+    evaluate_statistics=('evaluate ../f/good.npz --data ../f/stats.npz --features pixels',
+        "stats.npz", "'lite0'", "'pixels'"),
     distill_keep=('distill --keep-every 0', '--keep-every must be at least 1, got 0'),
     evaluate_seeds=('evaluate ../f/good.npz --seeds 1,two', "--seeds '1,two'"),
     # levels, that is sigma
@@ -219,7 +250,9 @@ def whole(folder):
     for p in folder.rglob('*'):
         if p.suffix == '.safetensors': read_tensors(p)
         if p.suffix == '.json': json.loads(p.read_text())
-        if p.name == 'log.csv': assert p.read_text().endswith('\n') and len(read_log(p)) == len(p.read_text().splitlines())-1
+        if p.name == 'log.csv':
+            text = p.read_text()
+            assert text.endswith('\n') and len(read_log(p)) == len(text.splitlines())-1
         if p.suffix == '.png':
             from PIL import Image
             Image.open(p).load()
@@ -249,13 +282,18 @@ def test_prepare_on_a_full_disk(here, tmp_path, capsys):
     from PIL import Image
     for k in 'ab':
         (tmp_path/'photos'/k).mkdir(parents=True)
-        Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path/'photos'/k/'0.png')
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path/
+            'photos'/k/'0.png')
     full('prepare ../photos a.zip --size 32', 1000, capsys, 'a.zip')
     assert listing(here) == {}
     assert call('prepare ../photos a.zip --size 32') == 0
 
 
-def last_step(folder): return max((json.loads(p.read_text())['step'] for p in (folder/'state').glob('step-*/state.json')), default=0)
+def last_step(folder):
+    return max(
+        (json.loads(p.read_text())['step'] for p in (folder / 'state').glob('step-*/state.json')),
+        default=0,
+    )
 def weights(folder, file='generator.safetensors'):
     "Tensors bit by bit, and metadata (their order in the file is safetensors' own affair)"
     tensors, facts = read_tensors(folder/file)
@@ -275,7 +313,13 @@ def unbroken(ends, line, file):
     return ends[file]
 
 
-@pytest.mark.parametrize('line, file, run', [(good, 'generator.safetensors', 'fashion16-1'), (train, 'teacher.safetensors', 'fashion16-teacher-1')])
+@pytest.mark.parametrize(
+    'line, file, run',
+    [
+        (good, 'generator.safetensors', 'fashion16-1'),
+        (train, 'teacher.safetensors', 'fashion16-teacher-1'),
+    ],
+)
 def test_full_in_the_middle_then_room_again(line, file, run, here, capsys, no_pictures, ends):
     """The first checkpoint does not fit: the run stays unfinished and whole, and the same command
     ends it as if nothing had been"""
@@ -319,7 +363,10 @@ def test_full_anywhere(file, here, capsys, ends, monkeypatch):
     whole(folder)
 
 
-@pytest.mark.parametrize('file, name, size', [('grids/000009.png', 'save_figure', 500), ('samples.png', 'draw_pairs', 500)])
+@pytest.mark.parametrize(
+    'file, name, size',
+    [('grids/000009.png', 'save_figure', 500), ('samples.png', 'draw_pairs', 500)],
+)
 def test_full_when_a_picture_is_drawn(file, name, size, here, capsys, ends, monkeypatch):
     "A picture is not worth a run: one line names it, and the run is finished with all that counts"
     end, folder, f = unbroken(ends, good, 'generator.safetensors'), here/'runs'/'fashion16-1', getattr(sheets, name)
@@ -341,29 +388,43 @@ def test_full_when_a_picture_is_drawn(file, name, size, here, capsys, ends, monk
 @contextmanager
 def nobody():
     "Without the superuser's right to write everywhere"
-    if os.geteuid(): yield; return
+    if os.geteuid():
+        yield
+        return
     try: os.seteuid(65534)
     except OSError: pytest.skip('the superuser may write everywhere')
     try: yield
     finally: os.seteuid(0)
 
 
-@pytest.mark.parametrize('line, file', [
-    ('sample F/teacher.safetensors --n 4 --out CLOSED/a.png', 'a.png'), ('sample F/teacher.safetensors --n 4 --out CLOSED/new/a.npz', 'a.npz'),
-    ('evaluate F/good.npz --data F/good.npz --n 20 --out CLOSED/a.json', 'a.json'),
-    ('distill --teacher F/teacher.safetensors --data F/good.npz --device cpu --out CLOSED/runs', 'runs'),
-    ('distill --teacher F/teacher.safetensors --data F/good.npz --device cpu --out CLOSED', 'fashion16-1'),
-    ('train_teacher --data F/good.npz --device cpu --out CLOSED --name mine', 'mine'),
-])
+@pytest.mark.parametrize(
+    'line, file',
+    [
+        ('sample F/teacher.safetensors --n 4 --out CLOSED/a.png', 'a.png'),
+        ('sample F/teacher.safetensors --n 4 --out CLOSED/new/a.npz', 'a.npz'),
+        ('evaluate F/good.npz --data F/good.npz --n 20 --out CLOSED/a.json', 'a.json'),
+        (
+            'distill --teacher F/teacher.safetensors --data F/good.npz --device cpu --out CLOSED/runs',
+            'runs',
+        ),
+        (
+            'distill --teacher F/teacher.safetensors --data F/good.npz --device cpu --out CLOSED',
+            'fashion16-1',
+        ),
+        ('train_teacher --data F/good.npz --device cpu --out CLOSED --name mine', 'mine'),
+    ],
+)
 def test_closed_folder(line, file, here, files, capsys):
     "Nobody may write there"
-    import matplotlib.pyplot, PIL.PngImagePlugin  # noqa: imported before the rights are given up
+    # Imported before the rights are given up
+    import matplotlib.pyplot, PIL.PngImagePlugin  # noqa: F401
     with tempfile.TemporaryDirectory() as d, tempfile.TemporaryDirectory() as closed:
         for n in ('teacher.safetensors', 'good.npz'): (Path(d)/n).write_bytes((files/n).read_bytes())
         os.chmod(d, 0o755)
         os.chmod(closed, 0o555)
         with nobody():
-            if os.access(closed, os.W_OK, effective_ids=os.access in os.supports_effective_ids): pytest.skip('this user may write everywhere')
+            if os.access(closed, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                pytest.skip('this user may write everywhere')
             code = call(line.replace('F/', f'{d}/').replace('CLOSED', closed))
         err = capsys.readouterr().err
         assert code == 2 and len(err.strip().splitlines()) == 1, err
@@ -388,14 +449,17 @@ def test_folders_of_runs(here, capsys, no_pictures):
     runs = here/'runs'
     assert call(f'{good} --name mine') == 0
     refused(f'{good} --name mine', capsys, 'runs/mine holds a finished run', '--overwrite', '--name')
-    refused(f'{good} --name mine --ttur 2', capsys, 'runs/mine', 'another config', 'config.ttur 3 there, 2 now', '--overwrite', '--name')
+    refused(f'{good} --name mine --ttur 2', capsys, 'runs/mine', 'another config',
+        'config.ttur 3 there, 2 now', '--overwrite', '--name')
     first = weights(runs/'mine')
     assert call(f'{good} --name mine --seed 5 --overwrite') == 0 and weights(runs/'mine') != first
     assert call(good) == 0 and sorted(p.name for p in runs.iterdir()) == ['fashion16-1', 'mine']
     (runs/'fashion16-7').mkdir()
-    assert call(good) == 0 and sorted(p.name for p in runs.iterdir()) == ['fashion16-1', 'fashion16-7', 'fashion16-8', 'mine']
+    assert call(good) == 0 and sorted(p.name for p in runs.iterdir()) == ['fashion16-1',
+        'fashion16-7', 'fashion16-8', 'mine']
     assert weights(runs/'fashion16-1') == weights(runs/'fashion16-8') == first
-    (runs/'notes').mkdir(); (runs/'notes'/'a.txt').write_text('mine')
+    (runs/'notes').mkdir()
+    (runs/'notes'/'a.txt').write_text('mine')
     refused(f'{good} --name notes', capsys, 'runs/notes', 'holds no run', '--name')
     refused(f'{good} --name notes --overwrite', capsys, 'runs/notes', 'holds no run', '--name')
 
@@ -412,7 +476,10 @@ def interrupt(monkeypatch, at, name='train', when=KeyboardInterrupt):
 
 
 @pytest.mark.parametrize('options', ['', ' --name mine'])
-@pytest.mark.parametrize('line, file, loop', [(good, 'generator.safetensors', 'train'), (train, 'teacher.safetensors', 'train_teacher')])
+@pytest.mark.parametrize(
+    'line, file, loop',
+    [(good, 'generator.safetensors', 'train'), (train, 'teacher.safetensors', 'train_teacher')],
+)
 def test_unfinished_goes_on(line, file, loop, options, here, capsys, no_pictures, ends, monkeypatch):
     """Stopped after the checkpoint at 3 and again after the one at 6, the run ends with the weights
     of an unbroken one, bit by bit"""
@@ -429,7 +496,8 @@ def test_unfinished_goes_on(line, file, loop, options, here, capsys, no_pictures
     assert 'goes on at' in capsys.readouterr().out
     assert [p.name for p in (here/'runs').iterdir()] == [folder.name] and weights(folder, file) == end
     steps = [o.split(',')[0] for o in (folder/'log.csv').read_text().splitlines()[1:]]
-    assert steps == ['3', '6', '9'] and sorted(p.name for p in folder.iterdir()) == sorted(['README.md', 'config.json', 'log.csv', 'metrics.json', file])
+    assert steps == ['3', '6', '9'] and sorted(p.name for p in folder.iterdir()) == sorted([
+        'README.md', 'config.json', 'log.csv', 'metrics.json', file])
 
 
 def test_unfinished_of_another_config(here, capsys, no_pictures, monkeypatch):
@@ -459,7 +527,9 @@ def test_damaged_checkpoint(here, capsys, no_pictures, monkeypatch):
     (here/'runs'/'fashion16-1'/'config.json').write_text('{')
     assert call(good) == 0
     said = capsys.readouterr().out
-    assert 'runs/fashion16-1/config.json is damaged' in said and 'restored from runs/fashion16-1/state/step-3' in said and 'goes on at iteration 3' in said
+    assert 'runs/fashion16-1/config.json is damaged' in said
+    assert 'restored from runs/fashion16-1/state/step-3' in said
+    assert 'goes on at iteration 3' in said
     assert [p.name for p in (here/'runs').iterdir()] == ['fashion16-1']
 
 
@@ -474,10 +544,14 @@ def test_whole_run(here, capsys):
     "What a run leaves, with pictures, and that its folder can be sampled and measured"
     assert call(good) == 0
     folder = here/'runs'/'fashion16-1'
-    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'curves.png', 'generator.safetensors', 'log.csv', 'metrics.json', 'samples.png']
+    assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'curves.png',
+        'generator.safetensors', 'log.csv', 'metrics.json', 'samples.png']
     assert capsys.readouterr().err == ''
     whole(folder)
-    assert call('sample runs/fashion16-1 --n 4 --out a.png') == 0 and call("sample runs/fashion16-1 --n 4 --label 3 --out a.npz") == 0
+    assert (
+        call('sample runs/fashion16-1 --n 4 --out a.png') == 0
+        and call("sample runs/fashion16-1 --n 4 --label 3 --out a.npz") == 0
+    )
     assert call('evaluate runs/fashion16-1 --data ../f/good.npz --n 12 --out a.json') == 0
     got = json.loads(Path('a.json').read_text())
     assert set(got['rows']) == {'real images', 'runs/fashion16-1'} and got['settings']['features'] == 'pixels'
@@ -491,7 +565,8 @@ def test_sweep(here, capsys):
     """Checkpoints on the way, all measured, the chosen one and the last one again with a fresh
     seed; what is there is not measured again"""
     assert call(good+' --keep-every 4') == 0
-    assert [p.name for p in sorted(Path('runs/fashion16-1/checkpoints').iterdir())] == ['000004.safetensors', '000008.safetensors', '000009.safetensors']
+    assert [p.name for p in sorted(Path('runs/fashion16-1/checkpoints').iterdir())] == [
+        '000004.safetensors', '000008.safetensors', '000009.safetensors']
     line = 'evaluate runs/fashion16-1 --sweep --data ../f/good.npz --n 12 --seeds 3,4'
     assert call(line) == 0
     out = capsys.readouterr().out
@@ -500,14 +575,19 @@ def test_sweep(here, capsys):
     *head, best, last = got['rows']
     if 'best of 3' not in best: head, best = [*head, best], last  # the last one was the best
     assert head == ['real images', *names] and 'best of 3 by kid' in best and best.endswith('again with seed 5')
-    mean = {s: sum(got['rows'][f'runs/fashion16-1: {s}, seed {i}']['kid'] for i in (3, 4)) for s in ('000004', '000008', '000009')}
+    mean = {
+        s: sum(got['rows'][f'runs/fashion16-1: {s}, seed {i}']['kid'] for i in (3, 4))
+        for s in ('000004', '000008', '000009')
+    }
     assert min(mean, key=mean.get) in best and got['rows'][best]['seed'] == 5 and best in out
     assert call(line) == 0 and json.loads(Path('metrics.json').read_text()) == got
-    refused('evaluate runs/fashion16-1 --out runs/fashion16-1', capsys, 'runs/fashion16-1/metrics.json belongs to the run')
+    refused('evaluate runs/fashion16-1 --out runs/fashion16-1', capsys,
+        'runs/fashion16-1/metrics.json belongs to the run')
 
 
 def test_as_a_module(root):
     "`python -m dmd2_nb.cli`: help, and a command that there is not"
-    r = subprocess.run([sys.executable, '-m', 'dmd2_nb.cli', 'distill', '--help'], capture_output=True, text=True, cwd=root)
+    args = [sys.executable, '-m', 'dmd2_nb.cli', 'distill', '--help']
+    r = subprocess.run(args, capture_output=True, text=True, cwd=root)
     assert r.returncode == 0 and '--teacher' in r.stdout and '--levels' in r.stdout and not r.stderr
     assert cli.main(['destill']) == 2 and cli.main(['--help']) == 0

@@ -167,7 +167,6 @@ def test_latency(monkeypatch):
 def test_photographs_of_the_chosen_captions(tmp_path):
     "The 10K protocol compares with those photographs alone, of whatever size; a missing one is named"
     from PIL import Image
-    from dmd2_nb.features import extract
     (tmp_path/'val').mkdir()
     shades = {f'COCO_val2014_{i:012d}.jpg': 20*i for i in range(12)}
     for i, (n, v) in enumerate(shades.items()):
@@ -253,10 +252,20 @@ def pipe():
     )
 
 
-@pytest.mark.parametrize('name,timesteps', [
-    ('dmd2 4', [999, 749, 499, 249]), ('dmd2 1', [399]), ('dmd2 4 lora', [999, 749, 499, 249]), ('sdxl-lightning 4', [999, 749, 499, 249]),
-    ('sdxl-lightning 1', [999]), ('sdxl-turbo 1', [999]), ('sdxl-turbo 4', [999, 749, 499, 249]), ('lcm-sdxl 4', [999, 759, 499, 259]), ('lcm-sdxl 1', [999]),
-])
+@pytest.mark.parametrize(
+    'name,timesteps',
+    [
+        ('dmd2 4', [999, 749, 499, 249]),
+        ('dmd2 1', [399]),
+        ('dmd2 4 lora', [999, 749, 499, 249]),
+        ('sdxl-lightning 4', [999, 749, 499, 249]),
+        ('sdxl-lightning 1', [999]),
+        ('sdxl-turbo 1', [999]),
+        ('sdxl-turbo 4', [999, 749, 499, 249]),
+        ('lcm-sdxl 4', [999, 759, 499, 259]),
+        ('lcm-sdxl 1', [999]),
+    ],
+)
 def test_timesteps(pipe, name, timesteps):
     "What the network is really asked for"
     seen = []

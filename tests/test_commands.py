@@ -1,6 +1,6 @@
 """What a user can cause ends in one line and exit code 2; what only the program can cause shows
 itself; pictures never cost a run"""
-import json, os, subprocess, sys, warnings
+import os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmd2_nb import cli, jobs, recipes, teacher_job
+from dmd2_nb import cli, jobs, recipes, sheets, teacher_job
 from dmd2_nb.weights import build_denoiser, save_denoiser
 
 net = dict(
@@ -233,8 +233,20 @@ def test_limit_of_memory(here, capsys):
 
 # -- whose fault --
 
-@pytest.mark.parametrize('error', [TypeError("f() missing 1 required positional argument: 'x'"), AttributeError("'NoneType' object has no attribute 'x'"), KeyError('x'), IndexError('x'),
-                                   ZeroDivisionError('division by zero'), AssertionError(), RuntimeError('mat1 and mat2 shapes cannot be multiplied'), NotImplementedError('x')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    'error',
+    [
+        TypeError("f() missing 1 required positional argument: 'x'"),
+        AttributeError("'NoneType' object has no attribute 'x'"),
+        KeyError('x'),
+        IndexError('x'),
+        ZeroDivisionError('division by zero'),
+        AssertionError(),
+        RuntimeError('mat1 and mat2 shapes cannot be multiplied'),
+        NotImplementedError('x'),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_mistakes_of_the_program_show_themselves(error, here, monkeypatch):
     "In training, sampling and measuring alike"
     def wrong(*args, **kwargs): raise error
@@ -246,7 +258,17 @@ def test_mistakes_of_the_program_show_themselves(error, here, monkeypatch):
     with pytest.raises(type(error)): cli.main(teach.split())
 
 
-@pytest.mark.parametrize('error', [ValueError('bad\n value'), OSError('no such disk'), ImportError('no module'), OverflowError('int too large'), PermissionError(13, 'Permission denied', 'x')], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('bad\n value'),
+        OSError('no such disk'),
+        ImportError('no module'),
+        OverflowError('int too large'),
+        PermissionError(13, 'Permission denied', 'x'),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_what_a_user_can_cause(error, here, capsys, monkeypatch):
     def wrong(*args, **kwargs): raise error
     monkeypatch.setattr(jobs, 'prepare', wrong)
@@ -273,10 +295,10 @@ def test_a_single_row_of_the_log(here, capsys):
 
 
 def test_curves_of_nothing(tmp_path):
-    cli.draw_curves(tmp_path/'a.png', [], 'loss kid')
-    cli.draw_curves(tmp_path/'a.png', [dict(step=1, other=2.)], 'loss kid')
+    sheets.draw_curves(tmp_path/'a.png', [], 'loss kid')
+    sheets.draw_curves(tmp_path/'a.png', [dict(step=1, other=2.)], 'loss kid')
     assert not list(tmp_path.iterdir())
-    cli.draw_curves(tmp_path/'a.png', [dict(step=1, kid=-0.1)], 'loss kid')
+    sheets.draw_curves(tmp_path/'a.png', [dict(step=1, kid=-0.1)], 'loss kid')
     assert (tmp_path/'a.png').exists()
 
 
@@ -320,14 +342,22 @@ def test_precious_things_are_there_before_pictures(here, monkeypatch):
     )
 
 
-@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'module://there.is.no.such.module', 'nonsense', 'TkAgg'])
+@pytest.mark.parametrize(
+    'backend',
+    [
+        'module://matplotlib_inline.backend_inline',
+        'module://there.is.no.such.module',
+        'nonsense',
+        'TkAgg',
+    ],
+)
 def test_backend_of_the_surroundings(backend, tmp_path):
     "What MPLBACKEND says is for others: the commands draw with Agg, and leave the variable as it is"
     code = (
-        "import torch, os; from dmd2_nb import cli; from dmd2_nb.images import fashion16; d = fashion16()\n"
-        "cli.draw_curves('curves.png', [dict(step=i, loss=1/i, kid=1/i) for i in (1, 2, 3)], 'loss kid')\n"
-        "cli.draw_grid('grid.png', d.images[:20], d, d.labels[:20])\n"
-        "cli.draw_pairs('pairs.png', d.images[:20], d.images[20:40], d, d.labels[:20], 8, 1)\n"
+        "import torch, os; from dmd2_nb import sheets; from dmd2_nb.images import fashion16; d = fashion16()\n"
+        "sheets.draw_curves('curves.png', [dict(step=i, loss=1/i, kid=1/i) for i in (1, 2, 3)], 'loss kid')\n"
+        "sheets.draw_grid('grid.png', d.images[:20], d, d.labels[:20])\n"
+        "sheets.draw_pairs('pairs.png', d.images[:20], d.images[20:40], d, d.labels[:20], 8, 1)\n"
         f"assert os.environ['MPLBACKEND'] == {backend!r}\n"
         "import sys; assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -39,7 +39,8 @@ def test_links_of_the_pages():
 
 
 def wordless(source):
-    """What is exported without words: functions and classes without a docstring, and lines of a signature, or fields of a dataclass,
+    """What is exported without words: functions and classes without a docstring, and lines of a
+    signature, or fields of a dataclass,
     without a comment. A line may hold several parameters; its comment then says what they are."""
     said = {
         t.start[0]
@@ -88,7 +89,11 @@ def test_wordless_sees():
     assert found == ['g: b', 'C', 'C: x', 'D: x']
 
 
-@pytest.mark.parametrize('path', sorted(p for p in (root/'dmd2_nb').rglob('*.py') if not p.name.startswith('_')), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    'path',
+    sorted(p for p in (root / 'dmd2_nb').rglob('*.py') if not p.name.startswith('_')),
+    ids=lambda p: p.stem,
+)
 def test_exported_names_have_words(path):
     assert not list(wordless(path.read_text(encoding='utf-8')))
 

@@ -106,10 +106,27 @@ def test_labels_of_every_kind():
     )
 
 
-@pytest.mark.parametrize('args, word', [((2, np.int64(3)), 'label 3 is not in 0..2'), ((2, -1), '-1'), ((2, True), 'label'), ((2, ['Bag']), '1 labels given'), ((2, ['Bag', 'Hat']), "'Hat'"),
-                                        ((2, [1.5, 1]), '1.5'), ((2, torch.zeros(3).long()), '3 rows'), ((2, torch.zeros(1, 3)), '1 rows'), ((0,), 'at least 1'), ((2.5,), 'whole'),
-                                        ((True,), 'whole'), ((2, 'Bag', 1.5), 'seed'), ((2, 'Bag', 0, 'flat'), 'no styles'), ((2, None, 0, 'flat'), 'no styles'),
-                                        ((2, torch.zeros(2).long(), 0, 'flat'), 'style'), ((2, None, 0, None, 0), 'batch')])
+@pytest.mark.parametrize(
+    'args, word',
+    [
+        ((2, np.int64(3)), 'label 3 is not in 0..2'),
+        ((2, -1), '-1'),
+        ((2, True), 'label'),
+        ((2, ['Bag']), '1 labels given'),
+        ((2, ['Bag', 'Hat']), "'Hat'"),
+        ((2, [1.5, 1]), '1.5'),
+        ((2, torch.zeros(3).long()), '3 rows'),
+        ((2, torch.zeros(1, 3)), '1 rows'),
+        ((0,), 'at least 1'),
+        ((2.5,), 'whole'),
+        ((True,), 'whole'),
+        ((2, 'Bag', 1.5), 'seed'),
+        ((2, 'Bag', 0, 'flat'), 'no styles'),
+        ((2, None, 0, 'flat'), 'no styles'),
+        ((2, torch.zeros(2).long(), 0, 'flat'), 'style'),
+        ((2, None, 0, None, 0), 'batch'),
+    ],
+)
 def test_what_cannot_be_drawn(args, word):
     with pytest.raises(ValueError) as e: four_steps().sample(*args)
     assert word in str(e.value) and len(str(e.value).splitlines()) == 1 and len(str(e.value)) < 300

@@ -6,7 +6,7 @@ import torch
 
 from dmd2_nb.core import rng
 from dmd2_nb.denoiser import EDMPrecond
-from dmd2_nb.nets import ToyNet, UNet
+from dmd2_nb.nets import UNet
 from dmd2_nb.teacher import drop_labels, load_teacher_run, save_teacher_run, train_teacher
 from dmd2_nb.unet import ADMUNet, SongUNet
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dmd2_nb.features import (
-    Features,
     clip,
     dinov2,
     feature_extractor,

@@ -32,7 +32,10 @@ def part(root, name):
 
 
 @need_triton
-@pytest.mark.parametrize('name, n, bar', [('norms', 13, 2e-6), ('frozen', 5, 2e-6), ('maps', 15, 2e-6), ('networks', 9, 2e-5)])
+@pytest.mark.parametrize(
+    'name, n, bar',
+    [('norms', 13, 2e-6), ('frozen', 5, 2e-6), ('maps', 15, 2e-6), ('networks', 9, 2e-5)],
+)
 def test_kernels_in_the_interpreter(root, name, n, bar):
     "Results and all gradients; far from zero the sums of squares cost digits, but not those of half precision"
     errors = part(root, name)

@@ -183,7 +183,11 @@ def test_gan_losses_do_not_overflow():
     assert far.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('net', [ToyNet(width=8, label_dim=3), UNet(8, 1, label_dim=3, channels=(8, 16), emb=16)], ids=['points', 'images'])
+@pytest.mark.parametrize(
+    'net',
+    [ToyNet(width=8, label_dim=3), UNet(8, 1, label_dim=3, channels=(8, 16), emb=16)],
+    ids=['points', 'images'],
+)
 def test_noisy_logits_treat_samples_one_by_one(net):
     net, sigma, y = net.double().eval(), 0.2+torch.rand(b).double(), torch.arange(b)%3
     fake = EDMPrecond(net)

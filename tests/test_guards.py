@@ -1,6 +1,6 @@
 """Guards: what is planted is named within 50 iterations, healthy runs raise nothing, and an alarm
 ends the run or takes it back"""
-import json, math, os, re, sys
+import json, math, re, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'data'))
 from make_health_runs import toy_net, toy_run
 from dmd2_nb.system.checkpoint import load_folder, save_step, steps
 from dmd2_nb.system.tensors import read_tensors
-from dmd2_nb.core import rng
 from dmd2_nb.distill import DMD2
 from dmd2_nb.guards import Alarm, Guard, Limits, guarded
 from dmd2_nb.metrics import sliced_wasserstein
@@ -99,10 +98,10 @@ plants = dict(
 def test_planted(name, seed):
     plant, want = plants[name]
     dmd, guard, reals = toy_run(seed, gan_start=0)
-    for log in guard.watch(train(dmd, None, BEFORE, reals())): pass
+    for _log in guard.watch(train(dmd, None, BEFORE, reals())): pass
     plant(dmd)
     with pytest.raises(Alarm) as e:
-        for log in guard.watch(train(dmd, None, 50, reals(BEFORE))): pass
+        for _log in guard.watch(train(dmd, None, 50, reals(BEFORE))): pass
     assert e.value.name == want and BEFORE < e.value.step <= dmd.step <= BEFORE+50, str(e.value)
     assert (
         str(e.value).startswith(f'{want} alarm at iteration {e.value.step}: ')
@@ -116,7 +115,7 @@ def test_healthy(seed):
     dmd, guard, reals = toy_run(seed)
     def far(): return float(sliced_wasserstein(dmd.generate(), ring().sample(256, seed=1), 64))
     start = far()
-    for log in guard.watch(train(dmd, None, 2000, reals())): pass
+    for _log in guard.watch(train(dmd, None, 2000, reals())): pass
     assert dmd.step == 2000 and dmd.gan_on and guard.probes[-1][0] == 2000 and far() < start/2
 
 
@@ -126,7 +125,7 @@ def test_watching_changes_nothing():
     for (dmd, guard, reals), watch in zip(runs, (True, False)):
         if not watch: del dmd.__dict__['fake_step']
         logs = train(dmd, None, 160, reals())
-        for log in guard.watch(logs) if watch else logs: pass
+        for _log in guard.watch(logs) if watch else logs: pass
     for n in ('G', 'fake', 'head', 'ema'):
         for a, b in zip(*(getattr(r[0], n).parameters() for r in runs)): assert torch.equal(a, b)
     assert [p[0] for p in runs[0][1].probes] == [20, 50, 80, 110, 140]
@@ -137,16 +136,16 @@ def test_resumed_guard_sees_the_same(tmp_path):
     alarms = []
     for stop in (None, BEFORE+17):
         dmd, guard, reals = toy_run(0, gan_start=0)
-        for log in guard.watch(train(dmd, None, BEFORE, reals())): pass
+        for _log in guard.watch(train(dmd, None, BEFORE, reals())): pass
         reveal(dmd)
         with pytest.raises(Alarm) as e:
             if stop:
-                for log in guard.watch(train(dmd, None, 17, reals(BEFORE))): pass
+                for _log in guard.watch(train(dmd, None, 17, reals(BEFORE))): pass
                 save_state(dmd, tmp_path/'s', guard=guard.state())
                 dmd, guard, reals = toy_run(0, gan_start=0)
                 guard.load(json.loads(json.dumps(load_state(dmd, tmp_path/'s')['guard'])))
                 reveal(dmd)
-            for log in guard.watch(train(dmd, None, 60, reals(dmd.step))): pass
+            for _log in guard.watch(train(dmd, None, 60, reals(dmd.step))): pass
         alarms.append(str(e.value))
     assert alarms[0] == alarms[1]
 
@@ -174,7 +173,7 @@ def test_what_is_written_shows_it_again(tmp_path):
     "From the record alone: config, seed, checkpoint and batch give the same alarm in the same iteration"
     dmd, guard, reals = toy_run(1, gan_start=0)
     def go():
-        for log in guard.watch(train(dmd, None, 400, wrong(reals, 0))):
+        for _log in guard.watch(train(dmd, None, 400, wrong(reals, 0))):
             if dmd.step % 100 == 0:
                 save_step(
                     tmp_path / 'state', dmd.step, lambda p: save_state(dmd, p, guard=guard.state())
@@ -200,7 +199,7 @@ def test_what_is_written_shows_it_again(tmp_path):
     watcher = Guard(again, (0., ring().std), Limits(**out['limits']))
     watcher.load(load_state(again, tmp_path/'state'/out['checkpoint'])['guard'])
     with pytest.raises(Alarm) as second:
-        for log in watcher.watch(train(again, None, 200, wrong(reals, again.step))): pass
+        for _log in watcher.watch(train(again, None, 200, wrong(reals, again.step))): pass
     assert second.value.step == out['step'] and second.value.text in first.value.text
     kept, _ = read_tensors(tmp_path/out['batch'])
     assert torch.equal(kept['0'], next(wrong(reals, out['step']-1))[0])

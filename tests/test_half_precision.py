@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dmd2_nb import imagenet64
-from dmd2_nb.core import EMA
 from dmd2_nb.distill import DMD2, toy_config
 from dmd2_nb.denoiser import EDMPrecond
 from dmd2_nb.nets import ToyNet

@@ -1,6 +1,5 @@
 """Bands learnt from stored good runs of one recipe: each one, left out, is healthy; a sick one is
 not; the rule for stopping"""
-import math
 
 import pytest
 
@@ -44,9 +43,18 @@ def altered(change):
     return rows
 
 
-@pytest.mark.parametrize('name, change', dict(
-    grad_ratio=lambda o: o.update(grad_gan=o.get('grad_gan', 1)*1000), grad_cos=lambda o: o.update(grad_cos=-0.9), calibration=lambda o: o.update(gan_d_loss=0.1), critic_lag=lambda o: o.update(critic_lag=3.),
-    brightness=lambda o: o.update(x_mean=o['x_mean']+1), contrast=lambda o: o.update(x_std=o['x_std']*2), ema_dist=lambda o: o.update(ema_dist=0.9)).items())
+@pytest.mark.parametrize(
+    'name, change',
+    dict(
+        grad_ratio=lambda o: o.update(grad_gan=o.get('grad_gan', 1) * 1000),
+        grad_cos=lambda o: o.update(grad_cos=-0.9),
+        calibration=lambda o: o.update(gan_d_loss=0.1),
+        critic_lag=lambda o: o.update(critic_lag=3.0),
+        brightness=lambda o: o.update(x_mean=o['x_mean'] + 1),
+        contrast=lambda o: o.update(x_std=o['x_std'] * 2),
+        ema_dist=lambda o: o.update(ema_dist=0.9),
+    ).items(),
+)
 def test_each_signal(name, change):
     "Each one alone is noticed, with its own sentence, and no other"
     h = {s.name: s for s in health(altered(change), kind='toy')}

@@ -1,7 +1,7 @@
 """Files that can't harm: pickles by the thousand, archives that unpack to absurd sizes or climb
 out, headers and configs that lie"""
 import io, json, os, re, resource, struct, subprocess, sys, time, tracemalloc, zipfile, zlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from pickle import dumps
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dmd2_nb.system.checkpoint import load_folder, save_folder
 from dmd2_nb.system.tensors import MAX_HEADER, read_state_dict, read_tensors, shard_index
 from dmd2_nb.system.zips import checked_zip, read_npz
 from dmd2_nb.core import checked
@@ -25,7 +24,7 @@ from dmd2_nb.nets import ToyNet
 from dmd2_nb.runs import claim_run
 from dmd2_nb.system.safe_pickle import MAX_OPS, RefusedPickle, read_pickle
 from dmd2_nb.train import load_state, save_state
-from dmd2_nb.weights import load_denoiser, save_denoiser
+from dmd2_nb.weights import load_denoiser
 
 N = 3000
 
@@ -276,7 +275,17 @@ def archive(path, entries, labels=None):
     return path
 
 
-@pytest.mark.parametrize('name', ['../out.png', '/etc/out.png', 'a/../../out.png', '..\\out.png', 'C:out.png', 'a/b/../../../out.png'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        '../out.png',
+        '/etc/out.png',
+        'a/../../out.png',
+        '..\\out.png',
+        'C:out.png',
+        'a/b/../../../out.png',
+    ],
+)
 def test_zip_traversal(name, tmp_path):
     one_line(
         'unsafe entry name',
@@ -299,11 +308,11 @@ def test_parts_that_repeat_their_parts(tmp_path, pickle):
     one_line('repeats its parts without end', read_pickle, b'\x80\4'+pickle)
     zipped = tmp_path/'a.pt'
     with zipfile.ZipFile(zipped, 'w') as z: z.writestr('a/data.pkl', b'\x80\2'+pickle)
-    with pytest.raises(ValueError) as e: read_state_dict(zipped)
+    with pytest.raises(ValueError): read_state_dict(zipped)
     head = [0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True, protocol_version=1001)]
     old = tmp_path/'old.pt'
     old.write_bytes(b''.join(dumps(o, 2) for o in head) + b'\x80\2' + pickle + dumps([], 2))
-    with pytest.raises(ValueError) as e: read_state_dict(old)
+    with pytest.raises(ValueError): read_state_dict(old)
     assert time.perf_counter()-begun < 30
 
 

@@ -23,7 +23,6 @@ from dmd2_nb.images import (
 )
 from dmd2_nb.jobs import open_data, open_teacher
 from dmd2_nb.recipes import recipe
-from dmd2_nb.system.image_labels import array_labels
 from dmd2_nb.system.image_names import list_images, natural
 
 
@@ -124,8 +123,21 @@ def test_imagenet_is_prepared_as_edm_does(tmp_path):
 
 # -- what counts, and what is said --
 
-@pytest.mark.parametrize('name', ['.ipynb_checkpoints/x-checkpoint.png', '.git/x.png', '__MACOSX/cat/._x.png', '.DS_Store', 'Thumbs.db',
-                                  'cat/._x.png', 'dog/.hidden.png', 'desktop.ini', '@eaDir/x.png', '$RECYCLE.BIN/x.png'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        '.ipynb_checkpoints/x-checkpoint.png',
+        '.git/x.png',
+        '__MACOSX/cat/._x.png',
+        '.DS_Store',
+        'Thumbs.db',
+        'cat/._x.png',
+        'dog/.hidden.png',
+        'desktop.ini',
+        '@eaDir/x.png',
+        '$RECYCLE.BIN/x.png',
+    ],
+)
 def test_rubbish(name, tmp_path, capsys):
     classes(tmp_path/'s', ['cat', 'dog'])
     p = tmp_path/'s'/name
@@ -192,11 +204,20 @@ def test_empty_classes_keep_their_number(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize('names,words', [
-    (['cat/x.png', 'dog/x.png', 'cover.png'], r'no classes, because 1 images lie beside the folders \(cover.png\)'),
-    (['train/cat/x.png', 'val/cat/x.png'], 'no classes, because train, val are parts of a set'),
-    (['train/cat/x.png', 'train/dog/x.png'], 'no classes, because all images are in train: name that folder to take its 2 folders'),
-])
+@pytest.mark.parametrize(
+    'names,words',
+    [
+        (
+            ['cat/x.png', 'dog/x.png', 'cover.png'],
+            r'no classes, because 1 images lie beside the folders \(cover.png\)',
+        ),
+        (['train/cat/x.png', 'val/cat/x.png'], 'no classes, because train, val are parts of a set'),
+        (
+            ['train/cat/x.png', 'train/dog/x.png'],
+            'no classes, because all images are in train: name that folder to take its 2 folders',
+        ),
+    ],
+)
 def test_why_there_are_no_classes(names, words, tmp_path, capsys):
     import re
     for n in names: picture(tmp_path/n)
@@ -271,10 +292,20 @@ def test_broken_orientation_is_none():
     assert open_image(f.getvalue(), 'x').size == (4, 2)
 
 
-@pytest.mark.parametrize('mode,value,want', [
-    ('P', 0, (0, 0, 0)), ('1', 1, 255), ('L', 7, 7), ('LA', (7, 255), (7, 7, 7)), ('LA', (7, 0), (255, 255, 255)),
-    ('RGBA', (10, 20, 30, 0), (255, 255, 255)), ('RGBA', (0, 0, 0, 51), (204, 204, 204)), ('CMYK', (0, 0, 0, 255), (0, 0, 0)),
-    ('CMYK', (0, 0, 0, 0), (255, 255, 255))])
+@pytest.mark.parametrize(
+    'mode,value,want',
+    [
+        ('P', 0, (0, 0, 0)),
+        ('1', 1, 255),
+        ('L', 7, 7),
+        ('LA', (7, 255), (7, 7, 7)),
+        ('LA', (7, 0), (255, 255, 255)),
+        ('RGBA', (10, 20, 30, 0), (255, 255, 255)),
+        ('RGBA', (0, 0, 0, 51), (204, 204, 204)),
+        ('CMYK', (0, 0, 0, 255), (0, 0, 0)),
+        ('CMYK', (0, 0, 0, 0), (255, 255, 255)),
+    ],
+)
 def test_modes(mode, value, want):
     f = io.BytesIO()
     Image.new(mode, (4, 4), value).save(f, 'tiff' if mode == 'CMYK' else 'png')
@@ -305,10 +336,21 @@ def npz(path, **arrays):
     return path
 
 
-@pytest.mark.parametrize('labels,want', [
-    (np.array([[3], [1], [2]]), [3, 1, 2]), (np.array([[3, 1, 2]]), [3, 1, 2]), (np.array([[[3]], [[1]], [[2]]]), [3, 1, 2]),
-    (np.array([3., 1., 2.]), [3, 1, 2]), (np.array([[3.], [1.], [2.]], 'float32'), [3, 1, 2]), (np.array([3, 1, 2], 'uint8'), [3, 1, 2]),
-    (np.array([3, 1, 2], '>i4'), [3, 1, 2]), (np.eye(4)[[3, 1, 2]], [3, 1, 2]), (np.eye(4, dtype=bool)[[3, 1, 2]], [3, 1, 2]), (np.eye(4, dtype='uint8')[[3, 1, 2]], [3, 1, 2])])
+@pytest.mark.parametrize(
+    'labels,want',
+    [
+        (np.array([[3], [1], [2]]), [3, 1, 2]),
+        (np.array([[3, 1, 2]]), [3, 1, 2]),
+        (np.array([[[3]], [[1]], [[2]]]), [3, 1, 2]),
+        (np.array([3.0, 1.0, 2.0]), [3, 1, 2]),
+        (np.array([[3.0], [1.0], [2.0]], 'float32'), [3, 1, 2]),
+        (np.array([3, 1, 2], 'uint8'), [3, 1, 2]),
+        (np.array([3, 1, 2], '>i4'), [3, 1, 2]),
+        (np.eye(4)[[3, 1, 2]], [3, 1, 2]),
+        (np.eye(4, dtype=bool)[[3, 1, 2]], [3, 1, 2]),
+        (np.eye(4, dtype='uint8')[[3, 1, 2]], [3, 1, 2]),
+    ],
+)
 def test_npz_labels(labels, want, tmp_path):
     d = npz_images(npz(tmp_path/'a.npz', labels=labels))
     assert (
@@ -335,13 +377,25 @@ def test_multi_hot_stays_what_it_is(rows, tmp_path):
     )
 
 
-@pytest.mark.parametrize('labels,message', [
-    (np.array([0, 1, 0.5]), 'a.npz: labels must be integers .*label 2 is 0.5'), (np.array([0, np.nan, 1]), 'label 1 is nan'), (np.array([0, np.inf, 1]), 'a.npz: label'),
-    (np.array([0, -1, 2]), 'a.npz: label -1 of image 1'), (np.array([0, 1, 2**63], 'uint64'), 'a.npz: label 9223372036854775808 of image 2'),
-    (np.array([0, 1, 2**40]), 'label 1099511627776 of image 2'), (np.array(['a', 'b', 'c']), 'labels must be integers'),
-    (np.full((3, 3), 0.3), 'a.npz: labels must be integers'), (np.array([[1, 2], [0, 1], [1, 0]]), 'labels must be integers'),
-    (np.zeros((3, 2, 2)), 'labels must be integers'), (np.array([True, False, True]), 'labels must be integers'),
-    (np.array([0, 1]), '2 labels for 3 images'), (np.array(3), 'labels'), (np.zeros((2, 5)), '2 cond for 3 images')])
+@pytest.mark.parametrize(
+    'labels,message',
+    [
+        (np.array([0, 1, 0.5]), 'a.npz: labels must be integers .*label 2 is 0.5'),
+        (np.array([0, np.nan, 1]), 'label 1 is nan'),
+        (np.array([0, np.inf, 1]), 'a.npz: label'),
+        (np.array([0, -1, 2]), 'a.npz: label -1 of image 1'),
+        (np.array([0, 1, 2**63], 'uint64'), 'a.npz: label 9223372036854775808 of image 2'),
+        (np.array([0, 1, 2**40]), 'label 1099511627776 of image 2'),
+        (np.array(['a', 'b', 'c']), 'labels must be integers'),
+        (np.full((3, 3), 0.3), 'a.npz: labels must be integers'),
+        (np.array([[1, 2], [0, 1], [1, 0]]), 'labels must be integers'),
+        (np.zeros((3, 2, 2)), 'labels must be integers'),
+        (np.array([True, False, True]), 'labels must be integers'),
+        (np.array([0, 1]), '2 labels for 3 images'),
+        (np.array(3), 'labels'),
+        (np.zeros((2, 5)), '2 cond for 3 images'),
+    ],
+)
 def test_npz_labels_refused(labels, message, tmp_path):
     with pytest.raises(ValueError, match=message) as e:
         npz_images(npz(tmp_path/'a.npz', labels=labels))
@@ -402,22 +456,54 @@ def test_arrays_that_nobody_asked_for_are_not_read(tmp_path):
     finally: tracemalloc.stop()
 
 
-@pytest.mark.parametrize('text,message', [
-    ('[["a.png", 0], ["b.png", 1]]', r'dataset.json is not \{"labels": \[\[name, label\], ...\]\}, but has list'),
-    ('{"a.png": 0, "b.png": 1}', 'but has a.png, b.png'), ('{}', 'but has nothing'), ('7', 'but has int'),
-    ('{"labels": [["a.png", 0]]}', '1 images without a label in dataset.json: b.png'),
-    ('{"labels": [["a.png", 0], ["b.png", 1], ["a.png", 2]]}', 'a.png has two labels, 0 and 2'),
-    ('{"labels": [["a.png", 0], ["b.png", 1.5]]}', 'labels must be all integers, b.png has 1.5'),
-    ('{"labels": [["a.png", 0], ["b.png", NaN]]}', 'labels must be all integers, b.png has nan'),
-    ('{"labels": [["a.png", 0], ["b.png", 1e999]]}', 'labels must be all integers, b.png has inf'),
-    ('{"labels": [["a.png", 0], ["b.png", 1'+'0'*30+']]}', 'of b.png is outside 0 ... 1,048,575'),
-    ('{"labels": [["a.png", [0, 1]], ["b.png", [NaN, 1]]]}', 'label vectors must hold finite numbers'),
-    ('{"labels": [["a.png", []], ["b.png", []]]}', 'label vectors must hold'),
-    ('{"labels": [["a.png", 0], ["b.png", 1]], "class_names": ["cat"]}', 'label 1 is outside the 1 classes'),
-    ('{"labels": [["a.png", 0], ["b.png", 1]], "class_names": ["cat", "cat"]}', 'class_names must be a list of different texts'),
-    ('{"labels": [["a.png", 0], ["b.png", 1]], "class_names": "cat"}', 'class_names must be a list'),
-    ('['*100_000, 'is not'),
-])
+@pytest.mark.parametrize(
+    'text,message',
+    [
+        (
+            '[["a.png", 0], ["b.png", 1]]',
+            r'dataset.json is not \{"labels": \[\[name, label\], ...\]\}, but has list',
+        ),
+        ('{"a.png": 0, "b.png": 1}', 'but has a.png, b.png'),
+        ('{}', 'but has nothing'),
+        ('7', 'but has int'),
+        ('{"labels": [["a.png", 0]]}', '1 images without a label in dataset.json: b.png'),
+        ('{"labels": [["a.png", 0], ["b.png", 1], ["a.png", 2]]}', 'a.png has two labels, 0 and 2'),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1.5]]}',
+            'labels must be all integers, b.png has 1.5',
+        ),
+        (
+            '{"labels": [["a.png", 0], ["b.png", NaN]]}',
+            'labels must be all integers, b.png has nan',
+        ),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1e999]]}',
+            'labels must be all integers, b.png has inf',
+        ),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1' + '0' * 30 + ']]}',
+            'of b.png is outside 0 ... 1,048,575',
+        ),
+        (
+            '{"labels": [["a.png", [0, 1]], ["b.png", [NaN, 1]]]}',
+            'label vectors must hold finite numbers',
+        ),
+        ('{"labels": [["a.png", []], ["b.png", []]]}', 'label vectors must hold'),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1]], "class_names": ["cat"]}',
+            'label 1 is outside the 1 classes',
+        ),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1]], "class_names": ["cat", "cat"]}',
+            'class_names must be a list of different texts',
+        ),
+        (
+            '{"labels": [["a.png", 0], ["b.png", 1]], "class_names": "cat"}',
+            'class_names must be a list',
+        ),
+        ('[' * 100_000, 'is not'),
+    ],
+)
 def test_dataset_json(text, message, tmp_path):
     for n in 'ab': picture(tmp_path/'s'/f'{n}.png')
     with pytest.raises(ValueError, match=message) as e:

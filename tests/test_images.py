@@ -1,7 +1,6 @@
 "What a reader need not see of `images` and `image_files`: broken, hostile and odd files"
 import io, json, os, random, zipfile
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,13 +138,32 @@ def test_npz_pickle_is_not_run(tmp_path):
     assert not (tmp_path/'ran').exists()
 
 
-@pytest.mark.parametrize('arrays,error,message', [
-    (dict(images=np.zeros((2, 4, 4), 'float32')), TypeError, 'must be uint8'),
-    (dict(images=np.zeros((2, 4, 4, 7), 'uint8')), ValueError, 'must be'),
-    (dict(images=np.zeros((2, 4, 4), 'uint8'), labels=np.zeros(3, 'int64')), ValueError, '3 labels for 2 images'),
-    (dict(images=np.zeros((2, 4, 4), 'uint8'), labels=np.full(2, 0.5)), ValueError, 'must be integers'),
-    (dict(images=np.zeros((2, 4, 4), 'uint8'), labels=np.array([0, 2]), class_names=np.array(['a', 'b'])), ValueError, 'label 2 is outside the 2'),
-])
+@pytest.mark.parametrize(
+    'arrays,error,message',
+    [
+        (dict(images=np.zeros((2, 4, 4), 'float32')), TypeError, 'must be uint8'),
+        (dict(images=np.zeros((2, 4, 4, 7), 'uint8')), ValueError, 'must be'),
+        (
+            dict(images=np.zeros((2, 4, 4), 'uint8'), labels=np.zeros(3, 'int64')),
+            ValueError,
+            '3 labels for 2 images',
+        ),
+        (
+            dict(images=np.zeros((2, 4, 4), 'uint8'), labels=np.full(2, 0.5)),
+            ValueError,
+            'must be integers',
+        ),
+        (
+            dict(
+                images=np.zeros((2, 4, 4), 'uint8'),
+                labels=np.array([0, 2]),
+                class_names=np.array(['a', 'b']),
+            ),
+            ValueError,
+            'label 2 is outside the 2',
+        ),
+    ],
+)
 def test_npz_arrays(tmp_path, arrays, error, message):
     np.savez(tmp_path/'x.npz', **arrays)
     with pytest.raises(error, match=message): npz_images(tmp_path/'x.npz')

@@ -85,13 +85,30 @@ stems = [
 
 
 @pytest.mark.parametrize('stem', stems)
-@pytest.mark.parametrize('down, up', [('lora_A', 'lora_B'), ('lora_A.default', 'lora_B.default'), ('lora_A.default_0', 'lora_B.default_0'), ('lora_down', 'lora_up'), ('lora.down', 'lora.up')])
+@pytest.mark.parametrize(
+    'down, up',
+    [
+        ('lora_A', 'lora_B'),
+        ('lora_A.default', 'lora_B.default'),
+        ('lora_A.default_0', 'lora_B.default_0'),
+        ('lora_down', 'lora_up'),
+        ('lora.down', 'lora.up'),
+    ],
+)
 def test_spellings(tmp_path, stem, down, up):
     tensors, rank, alpha = read_lora(write(tmp_path, pair(stem, down, up)), unet, alpha=2)
     assert list(tensors) == [PROJ] and (rank, alpha) == (4, 2.)
 
 
-@pytest.mark.parametrize('stem', ['unet.{}.processor.to_out_lora', '{}.processor.to_out_lora', 'unet.{}.to_out.0.lora', 'unet.{}.to_out.0.lora_linear_layer'])
+@pytest.mark.parametrize(
+    'stem',
+    [
+        'unet.{}.processor.to_out_lora',
+        '{}.processor.to_out_lora',
+        'unet.{}.to_out.0.lora',
+        'unet.{}.to_out.0.lora_linear_layer',
+    ],
+)
 def test_old_names_of_diffusers(tmp_path, stem):
     with pytest.warns(UserWarning, match='alpha = rank'):
         file = write(
@@ -143,7 +160,7 @@ def test_names_of_sd_scripts_are_those_of_diffusers_own_table():
 
 
 def test_text_encoders_are_left_out_with_a_word(tmp_path):
-    for i, (stem, k) in enumerate(
+    for i, (stem, _k) in enumerate(
         {
             'text_encoder.text_model.encoder.layers.0.self_attn.q_proj': {},
             'text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj': {},
@@ -277,10 +294,30 @@ def test_a_linear_layer_stored_as_a_convolution(tmp_path):
 
 # strength
 
-@pytest.mark.parametrize('config, right', [
-    (dict(r=4, lora_alpha=1), .25), (dict(r=4, lora_alpha=4), 1), (dict(r=4, lora_alpha=4, use_rslora=True), 2), (dict(r=8, lora_alpha=1, rank_pattern={'proj_in': 4}), .25),
-    (dict(r=4, lora_alpha=4, alpha_pattern={'proj_in': 1}), .25), (dict(r=4, lora_alpha=4, alpha_pattern={'mid_block.*': 2}), .5), (dict(r=4, lora_alpha=4, alpha_pattern={'j_in': 1}), 1),
-    (dict(r=4, lora_alpha=4, use_rslora=True, alpha_pattern={PROJ: 1}), .5), (dict(peft_type='LORA', r=4, lora_alpha=2, bias='none', use_dora=False, init_lora_weights='gaussian'), .5)])
+@pytest.mark.parametrize(
+    'config, right',
+    [
+        (dict(r=4, lora_alpha=1), 0.25),
+        (dict(r=4, lora_alpha=4), 1),
+        (dict(r=4, lora_alpha=4, use_rslora=True), 2),
+        (dict(r=8, lora_alpha=1, rank_pattern={'proj_in': 4}), 0.25),
+        (dict(r=4, lora_alpha=4, alpha_pattern={'proj_in': 1}), 0.25),
+        (dict(r=4, lora_alpha=4, alpha_pattern={'mid_block.*': 2}), 0.5),
+        (dict(r=4, lora_alpha=4, alpha_pattern={'j_in': 1}), 1),
+        (dict(r=4, lora_alpha=4, use_rslora=True, alpha_pattern={PROJ: 1}), 0.5),
+        (
+            dict(
+                peft_type='LORA',
+                r=4,
+                lora_alpha=2,
+                bias='none',
+                use_dora=False,
+                init_lora_weights='gaussian',
+            ),
+            0.5,
+        ),
+    ],
+)
 def test_alpha_of_peft(tmp_path, config, right):
     "Beside the file, and in its metadata as diffusers writes them: with and without the name of the part"
     file = write(tmp_path/'a', pair(), 'adapter_model.safetensors', config)
@@ -324,12 +361,26 @@ def test_patterns_are_pefts(tmp_path):
             ), (pattern, layer)
 
 
-@pytest.mark.parametrize('config, says', [
-    (dict(r=4, lora_alpha=4, use_dora=True), 'use_dora'), (dict(r=4, lora_alpha=4, bias='all'), "bias='all'"), (dict(r=4, lora_alpha=4, bias='lora_only'), 'bias='), (dict(r=4, lora_alpha=4, lora_bias=True), 'lora_bias'),
-    (dict(r=4, lora_alpha=4, init_lora_weights='pissa_niter_4'), 'pissa_niter_4'), (dict(r=4, lora_alpha=4, modules_to_save=['conv_in']), 'modules_to_save'), (dict(peft_type='LOHA', r=4), 'no LoRA but LOHA'),
-    (dict(r=8, lora_alpha=4), 'has rank 4, but .* says 8'), (dict(r=4, lora_alpha=4, rank_pattern={'proj_in': 2}), 'has rank 4, but .* says 2'), (dict(r=4, lora_alpha=0), 'lora_alpha must be a number above 0'),
-    (dict(r=4, lora_alpha='many'), 'lora_alpha must be'), (dict(r=4, lora_alpha=True), 'lora_alpha must be'), (dict(r=4, lora_alpha=4, alpha_pattern={'(': 1}), 'is no pattern'),
-    (dict(r=4, lora_alpha=4, alpha_pattern=[1]), 'must be a table'), ([4], 'must be a table')])
+@pytest.mark.parametrize(
+    'config, says',
+    [
+        (dict(r=4, lora_alpha=4, use_dora=True), 'use_dora'),
+        (dict(r=4, lora_alpha=4, bias='all'), "bias='all'"),
+        (dict(r=4, lora_alpha=4, bias='lora_only'), 'bias='),
+        (dict(r=4, lora_alpha=4, lora_bias=True), 'lora_bias'),
+        (dict(r=4, lora_alpha=4, init_lora_weights='pissa_niter_4'), 'pissa_niter_4'),
+        (dict(r=4, lora_alpha=4, modules_to_save=['conv_in']), 'modules_to_save'),
+        (dict(peft_type='LOHA', r=4), 'no LoRA but LOHA'),
+        (dict(r=8, lora_alpha=4), 'has rank 4, but .* says 8'),
+        (dict(r=4, lora_alpha=4, rank_pattern={'proj_in': 2}), 'has rank 4, but .* says 2'),
+        (dict(r=4, lora_alpha=0), 'lora_alpha must be a number above 0'),
+        (dict(r=4, lora_alpha='many'), 'lora_alpha must be'),
+        (dict(r=4, lora_alpha=True), 'lora_alpha must be'),
+        (dict(r=4, lora_alpha=4, alpha_pattern={'(': 1}), 'is no pattern'),
+        (dict(r=4, lora_alpha=4, alpha_pattern=[1]), 'must be a table'),
+        ([4], 'must be a table'),
+    ],
+)
 def test_settings_that_mean_more(tmp_path, config, says):
     file = write(tmp_path, pair(), 'adapter_model.safetensors', config)
     with pytest.raises(ValueError, match=says) as e: fuse_lora(deepcopy(unet), file)
@@ -345,9 +396,16 @@ def test_settings_that_are_damaged(tmp_path, text):
     assert one_line(e)
 
 
-@pytest.mark.parametrize('metadata, right', [
-    (dict(ss_network_alpha='1'), .25), (dict(ss_network_alpha='2.0', ss_network_args='{"conv_alpha": "9"}'), .5), (dict(lora_alpha='1'), .25),
-    (dict(ss_network_alpha='2', ss_network_args='{"rs_lora": "True"}'), 1.), (dict(ss_network_alpha='2', ss_network_args='broken'), .5)])
+@pytest.mark.parametrize(
+    'metadata, right',
+    [
+        (dict(ss_network_alpha='1'), 0.25),
+        (dict(ss_network_alpha='2.0', ss_network_args='{"conv_alpha": "9"}'), 0.5),
+        (dict(lora_alpha='1'), 0.25),
+        (dict(ss_network_alpha='2', ss_network_args='{"rs_lora": "True"}'), 1.0),
+        (dict(ss_network_alpha='2', ss_network_args='broken'), 0.5),
+    ],
+)
 def test_alpha_of_sd_scripts(tmp_path, metadata, right):
     "In the metadata alone, and with a tensor that says the same, in half precision too"
     assert scale(write(tmp_path/'a', kohya(), **metadata)) == pytest.approx(right)
@@ -385,9 +443,25 @@ def test_alpha_tensors(tmp_path):
     ) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize('metadata, config, tensor, both', [
-    (dict(ss_network_alpha='2'), None, 1., ('ss_network_alpha', 'alpha tensors')), ({}, dict(r=4, lora_alpha=2), 1., ('adapter_config.json', 'alpha tensors')),
-    (dict(ss_network_alpha='2'), dict(r=4, lora_alpha=1), None, ('adapter_config.json', 'ss_network_alpha')), (adapter_metadata(r=4, lora_alpha=2), dict(r=4, lora_alpha=1), None, ('adapter_config.json', 'lora_adapter_metadata'))])
+@pytest.mark.parametrize(
+    'metadata, config, tensor, both',
+    [
+        (dict(ss_network_alpha='2'), None, 1.0, ('ss_network_alpha', 'alpha tensors')),
+        ({}, dict(r=4, lora_alpha=2), 1.0, ('adapter_config.json', 'alpha tensors')),
+        (
+            dict(ss_network_alpha='2'),
+            dict(r=4, lora_alpha=1),
+            None,
+            ('adapter_config.json', 'ss_network_alpha'),
+        ),
+        (
+            adapter_metadata(r=4, lora_alpha=2),
+            dict(r=4, lora_alpha=1),
+            None,
+            ('adapter_config.json', 'lora_adapter_metadata'),
+        ),
+    ],
+)
 def test_two_sources_that_differ(tmp_path, metadata, config, tensor, both):
     alpha = {} if tensor is None else {f'{KOHYA}.alpha': torch.tensor(tensor)}
     file = write(tmp_path, kohya() | alpha, config=config, **metadata)
@@ -398,7 +472,15 @@ def test_two_sources_that_differ(tmp_path, metadata, config, tensor, both):
     with pytest.raises(ValueError, match='argument'): fuse_lora(deepcopy(unet), file, alpha=3)
 
 
-@pytest.mark.parametrize('names', [('', 'lora_A.default', 'lora_B.default'), ('', 'lora_A', 'lora_B'), ('base_model.model.', 'lora_A', 'lora_B'), ('module.', 'lora_A.default', 'lora_B.default')])
+@pytest.mark.parametrize(
+    'names',
+    [
+        ('', 'lora_A.default', 'lora_B.default'),
+        ('', 'lora_A', 'lora_B'),
+        ('base_model.model.', 'lora_A', 'lora_B'),
+        ('module.', 'lora_A.default', 'lora_B.default'),
+    ],
+)
 @pytest.mark.parametrize('ending', ['bin', 'safetensors'])
 def test_nothing_tells_alpha(tmp_path, names, ending):
     "As in DMD2's training checkpoints: asked for, or the adapter's own is kept"
@@ -522,7 +604,7 @@ def pipe(): return tiny_pipeline()
 @pytest.fixture(scope='module')
 def role(pipe):
     G = AdapterNet(AdapterBase(deepcopy(pipe.unet)), 8, alpha=3.)
-    for i, (a, b) in enumerate(G.tensors().values()):
+    for i, (_a, b) in enumerate(G.tensors().values()):
         b.copy_(0.2*torch.randn(b.shape, generator=rng(0, i)))
     return G
 
@@ -607,7 +689,10 @@ def test_transformers_names(tmp_path):
 # starts and runs
 
 @pytest.mark.parametrize('where', ['p', 'p/unet', 'p/unet/diffusion_pytorch_model.safetensors', 'module'])
-@pytest.mark.parametrize('prediction, class_', [('v_prediction', 'Euler'), ('flow_prediction', 'Euler'), (None, 'FlowMatch')])
+@pytest.mark.parametrize(
+    'prediction, class_',
+    [('v_prediction', 'Euler'), ('flow_prediction', 'Euler'), (None, 'FlowMatch')],
+)
 def test_start_of_another_prediction(tmp_path, pipe, where, prediction, class_):
     "The folder of a pipeline and that of its U-Net say the same"
     other = make_unet()
@@ -641,7 +726,15 @@ def test_start_in_shards(tmp_path):
         check_start(unet, tmp_path/'o')
 
 
-@pytest.mark.parametrize('change, says', [('alpha', 'alpha 8.0 instead of 3.0'), ('base', r'base \w{16}... instead of'), ('targets', 'targets'), ('dtype', 'dtype float32 instead of float64')])
+@pytest.mark.parametrize(
+    'change, says',
+    [
+        ('alpha', 'alpha 8.0 instead of 3.0'),
+        ('base', r'base \w{16}... instead of'),
+        ('targets', 'targets'),
+        ('dtype', 'dtype float32 instead of float64'),
+    ],
+)
 def test_a_run_knows_its_adapter(tmp_path, change, says):
     "Same shapes, other strength or other base: refused with what differs"
     from dataclasses import replace

@@ -227,7 +227,7 @@ def test_sets_that_cannot_be_measured(sets, tmp_path):
     (tmp_path/'empty').mkdir()
     mixed = folder(tmp_path/'mixed', pictures(20))
     Image.new('RGB', (9, 6)).save(mixed/'zz.png')
-    grey = folder(tmp_path/'grey', pictures(20, channels=1))
+    folder(tmp_path/'grey', pictures(20, channels=1))
     few, eight = (
         folder(tmp_path / 'few', pictures(3, size=4)),
         folder(tmp_path / 'eight', pictures(8, size=4)),

@@ -19,10 +19,20 @@ from dmd2_nb.sdxl.conditioning import encode_prompts, tiny_text_encoders
 REFINER = TINY_SDXL | dict(cross_attention_dim=32, projection_class_embeddings_input_dim=32+5*8)
 
 
-@pytest.mark.parametrize('kw, word', [
-    (dict(in_channels=9), 'takes 9 channels and gives 4: it looks like an inpainting U-Net'), (dict(in_channels=8), 'given a picture'), (dict(in_channels=7), 'upscaling'),
-    (dict(in_channels=5), 'depth'), (dict(out_channels=8), 'learned variance'), (dict(out_channels=3), 'takes 4 channels and gives 3'),
-    (dict(time_cond_proj_dim=8), 'guidance scale'), (dict(class_embed_type='timestep'), 'class labels'), (REFINER, "SDXL's refiner")])
+@pytest.mark.parametrize(
+    'kw, word',
+    [
+        (dict(in_channels=9), 'takes 9 channels and gives 4: it looks like an inpainting U-Net'),
+        (dict(in_channels=8), 'given a picture'),
+        (dict(in_channels=7), 'upscaling'),
+        (dict(in_channels=5), 'depth'),
+        (dict(out_channels=8), 'learned variance'),
+        (dict(out_channels=3), 'takes 4 channels and gives 3'),
+        (dict(time_cond_proj_dim=8), 'guidance scale'),
+        (dict(class_embed_type='timestep'), 'class labels'),
+        (REFINER, "SDXL's refiner"),
+    ],
+)
 def test_config(kw, word):
     for make in (EpsDenoiser, VDenoiser, FlowDenoiser, CondUNet):
         with pytest.raises(ValueError, match=word) as e: make(make_unet(device='meta', **kw))
@@ -49,9 +59,17 @@ def test_full_refiner_and_the_networks_that_fit():
     for c in (3, 16): EpsDenoiser(make_unet(device='meta', in_channels=c, out_channels=c))
 
 
-@pytest.mark.parametrize('change, word', [
-    (lambda u: u.to(torch.float8_e4m3fn), '8 bits'), (lambda u: u.conv_in.to(torch.bfloat16), r'mixes precisions: .*2 in bfloat16 \(conv_in.weight, conv_in.bias\)'),
-    (lambda u: u.mid_block.half(), 'mixes precisions')])
+@pytest.mark.parametrize(
+    'change, word',
+    [
+        (lambda u: u.to(torch.float8_e4m3fn), '8 bits'),
+        (
+            lambda u: u.conv_in.to(torch.bfloat16),
+            r'mixes precisions: .*2 in bfloat16 \(conv_in.weight, conv_in.bias\)',
+        ),
+        (lambda u: u.mid_block.half(), 'mixes precisions'),
+    ],
+)
 def test_precision(change, word):
     u = make_unet()
     change(u)
@@ -82,7 +100,22 @@ def test_conditions_of_another_model():
         EpsDenoiser(make_unet(TINY_SD15, sample_size=8))(x, s, torch.zeros(1, 7, 64))
 
 
-@pytest.mark.parametrize('bad', [(-1,), (999.5,), (1000,), (float('nan'),), (float('inf'),), (999, 249.001), [-0.5], torch.tensor([1000]), 'all', [None], -1])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        (-1,),
+        (999.5,),
+        (1000,),
+        (float('nan'),),
+        (float('inf'),),
+        (999, 249.001),
+        [-0.5],
+        torch.tensor([1000]),
+        'all',
+        [None],
+        -1,
+    ],
+)
 def test_timesteps(bad):
     with pytest.raises(ValueError, match='timesteps are whole numbers') as e: sdxl_sigmas(bad)
     assert len(str(e.value)) <= 600
@@ -124,9 +157,16 @@ def test_v_prediction_is_noticed(tmp_path):
                 check_start(wrong(make_unet()), source)
 
 
-@pytest.mark.parametrize('mark, metadata, told', [
-    ('v_pred', None, 'v_prediction'), (None, {'modelspec.prediction_type': 'v'}, 'v_prediction'),
-    ('edm_vpred.sigma_max', None, 'what EDM does'), (None, {'modelspec.prediction_type': 'epsilon'}, 'epsilon'), (None, None, None)])
+@pytest.mark.parametrize(
+    'mark, metadata, told',
+    [
+        ('v_pred', None, 'v_prediction'),
+        (None, {'modelspec.prediction_type': 'v'}, 'v_prediction'),
+        ('edm_vpred.sigma_max', None, 'what EDM does'),
+        (None, {'modelspec.prediction_type': 'epsilon'}, 'epsilon'),
+        (None, None, None),
+    ],
+)
 @pytest.mark.parametrize('ending', ['safetensors', 'bin'])
 def test_files_that_mark_their_prediction(tmp_path, mark, metadata, told, ending):
     "One file with no pipeline around it: a tensor without numbers, or a line of its metadata"
@@ -149,8 +189,15 @@ def test_files_that_mark_their_prediction(tmp_path, mark, metadata, told, ending
         with pytest.raises(ValueError, match='cannot be mixed'): check_start(kind(make_unet()), file)
 
 
-@pytest.mark.parametrize('change', [
-    dict(rescale_betas_zero_snr=True), dict(beta_schedule='linear'), dict(beta_end=0.02), dict(trained_betas=[0.1]*1000)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(rescale_betas_zero_snr=True),
+        dict(beta_schedule='linear'),
+        dict(beta_end=0.02),
+        dict(trained_betas=[0.1] * 1000),
+    ],
+)
 def test_another_noise_schedule_is_noticed(tmp_path, change):
     "The schedule of a pipeline is not the one that is taken where none is given"
     from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
@@ -233,7 +280,14 @@ def test_a_part_of_a_checkpoint(tmp_path):
     assert torch.equal(u.conv_in.weight, sd['conv_in.weight']+1)
 
 
-@pytest.mark.parametrize('kw, word', [(dict(in_channels=9), 'inpainting'), (dict(block_out_channels=(64, 128, 128)), 'another width: 2 times'), (dict(cross_attention_dim=32), 'misshapen')])
+@pytest.mark.parametrize(
+    'kw, word',
+    [
+        (dict(in_channels=9), 'inpainting'),
+        (dict(block_out_channels=(64, 128, 128)), 'another width: 2 times'),
+        (dict(cross_attention_dim=32), 'misshapen'),
+    ],
+)
 def test_files_of_other_networks(kw, word, tmp_path):
     from dmd2_nb.sdxl.adapt import check_start
     from dmd2_nb.sdxl.checkpoints import load_dmd2_unet

@@ -82,8 +82,14 @@ def test_readme_keeps_step_with_index():
     )
 
 
-@pytest.mark.parametrize('notebook, words, name, shown', [('index', 'clouds.items()', 'index.png', 'README.md'), ('14_distill', 'g,c = axes_row(', 'turns.png', 'nbs/index.ipynb'),
-                                                           ('26_emoji_dmd2', '# as in the README', 'emoji.png', 'README.md')])
+@pytest.mark.parametrize(
+    'notebook, words, name, shown',
+    [
+        ('index', 'clouds.items()', 'index.png', 'README.md'),
+        ('14_distill', 'g,c = axes_row(', 'turns.png', 'nbs/index.ipynb'),
+        ('26_emoji_dmd2', '# as in the README', 'emoji.png', 'README.md'),
+    ],
+)
 def test_kept_pictures(notebook, words, name, shown):
     "As their notebook drew them; `.ci/execute.py` writes them"
     cells = json.loads((root/'nbs'/f'{notebook}.ipynb').read_text(encoding='utf-8'))['cells']

@@ -1,5 +1,5 @@
 "The documentation site: a page for each notebook and module, nothing that leads nowhere, nothing from other servers"
-import importlib.util, json, re, sys
+import importlib.util, json, re
 from pathlib import Path
 
 import pytest

@@ -154,7 +154,11 @@ def test_graphs_say_what_they_need():
     finally: torch.set_default_dtype(torch.float64)
 
 
-@pytest.mark.parametrize('first, then', [({}, dict(runner=EchoRunner)), (dict(runner=EchoRunner), {})], ids=['plain, then replayed', 'replayed, then plain'])
+@pytest.mark.parametrize(
+    'first, then',
+    [({}, dict(runner=EchoRunner)), (dict(runner=EchoRunner), {})],
+    ids=['plain, then replayed', 'replayed, then plain'],
+)
 def test_a_checkpoint_knows_no_runner(first, then, tmp_path):
     new = lambda parts, cls=DMD2: work.make(cls, **{k: v() for k, v in parts.items()})
     whole = run(DMD2, steps=20)

@@ -1,5 +1,5 @@
 "What cached files were made from: one hash for files, tensors and networks, and caches that refuse other inputs"
-import hashlib, json, os
+import hashlib, os
 from functools import partial
 
 import numpy as np
@@ -27,7 +27,11 @@ def test_a_file_has_the_hash_that_sha256sum_prints(tmp_path):
     with pytest.raises(FileNotFoundError, match='gone is missing'): content_hash(tmp_path/'gone')
 
 
-@pytest.mark.parametrize('change', [{'a/1': b'y'}, {'a/3': b''}, {'b': b''}, {'a/1': b'xb', 'a/2': b''}], ids=['bytes', 'one more file', 'emptied', 'moved from one file to the next'])
+@pytest.mark.parametrize(
+    'change',
+    [{'a/1': b'y'}, {'a/3': b''}, {'b': b''}, {'a/1': b'xb', 'a/2': b''}],
+    ids=['bytes', 'one more file', 'emptied', 'moved from one file to the next'],
+)
 def test_a_folder_is_its_names_and_bytes(tmp_path, change):
     files = {'a/1': b'x', 'a/2': b'b', 'b': b'z'}
     one, two = tree(tmp_path/'one', files), tree(tmp_path/'two', files)
@@ -120,9 +124,22 @@ def test_how_much_is_read(tmp_path, monkeypatch):
     assert max(gaps) < 2**18 and read[0][0] == 0 and sum(read[-1]) == 300*2**20
 
 
-@pytest.mark.parametrize('a, b', [(['ab', 'c'], ['a', 'bc']), ([1, [2]], [[1], 2]), ([[], []], [[[]]]), ({'a': 1}, ['a', 1]), ([1], ['1']), ([1], [1.]),
-                                  (torch.zeros(2, 3), torch.zeros(3, 2)), (torch.zeros(2), torch.zeros(2).half()), (torch.zeros(1), -torch.zeros(1)), (np.zeros(2000), np.ones(2000))],
-                         ids=lambda o: '')
+@pytest.mark.parametrize(
+    'a, b',
+    [
+        (['ab', 'c'], ['a', 'bc']),
+        ([1, [2]], [[1], 2]),
+        ([[], []], [[[]]]),
+        ({'a': 1}, ['a', 1]),
+        ([1], ['1']),
+        ([1], [1.0]),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2), torch.zeros(2).half()),
+        (torch.zeros(1), -torch.zeros(1)),
+        (np.zeros(2000), np.ones(2000)),
+    ],
+    ids=lambda o: '',
+)
 def test_other_trees_have_other_fingerprints(a, b):
     assert fingerprint(a) == fingerprint(a) != fingerprint(b)
     assert fingerprint(a, b) != fingerprint(b, a)
@@ -151,8 +168,18 @@ def guide(*args, seed=0):
     return Guide(*args)
 
 
-@pytest.mark.parametrize('other', [lambda: guide(8.), lambda: guide(1., zeros), lambda: guide(1., torch.zeros(1)), lambda: guide(1., seed=1), lambda: guide(1.).half(), lambda: partial(guide(1.), 1)],
-                         ids=['number', 'function', 'tensor', 'weights', 'dtype', 'an argument'])
+@pytest.mark.parametrize(
+    'other',
+    [
+        lambda: guide(8.0),
+        lambda: guide(1.0, zeros),
+        lambda: guide(1.0, torch.zeros(1)),
+        lambda: guide(1.0, seed=1),
+        lambda: guide(1.0).half(),
+        lambda: partial(guide(1.0), 1),
+    ],
+    ids=['number', 'function', 'tensor', 'weights', 'dtype', 'an argument'],
+)
 def test_settings_belong_to_a_networks_identity(other):
     a, b = guide(1.), guide(1.)
     b._tables['cpu'] = 3
@@ -367,8 +394,16 @@ def test_pictures_of_a_folder_count_by_their_files(tmp_path, enc, vae):
     with pytest.raises(ValueError, match=r'other settings \(pictures was'): make()
 
 
-@pytest.mark.parametrize('picture, says', [(torch.zeros(3, 32, 32, dtype=torch.uint8), 'float tensor .* got torch.uint8'), (torch.full((3, 32, 32), 200.), 'values lie in 200 .. 200'),
-                                           (torch.full((3, 32, 32), float('nan')), 'NaN of 3,072'), (torch.zeros(32, 32), r'got torch.float32 \(32, 32\)')], ids=['bytes', 'range', 'NaN', 'shape'])
+@pytest.mark.parametrize(
+    'picture, says',
+    [
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), 'float tensor .* got torch.uint8'),
+        (torch.full((3, 32, 32), 200.0), 'values lie in 200 .. 200'),
+        (torch.full((3, 32, 32), float('nan')), 'NaN of 3,072'),
+        (torch.zeros(32, 32), r'got torch.float32 \(32, 32\)'),
+    ],
+    ids=['bytes', 'range', 'NaN', 'shape'],
+)
 def test_what_is_no_picture_is_named(latents, picture, says):
     with pytest.raises(ValueError, match=rf"item 1 \('a cat'\).*{says}") as e:
         latents([pictures()[0], (picture, 'a cat')])
@@ -538,7 +573,14 @@ def toy(dtype=None, scale=1., value=None):
     return D
 
 
-@pytest.mark.parametrize('value, dtype, says', [(float('nan'), None, '1 NaN'), (float('inf'), torch.float16, '1 infinite'), (1e6, torch.float16, '1 infinite .* too large for torch.float16')])
+@pytest.mark.parametrize(
+    'value, dtype, says',
+    [
+        (float('nan'), None, '1 NaN'),
+        (float('inf'), torch.float16, '1 infinite'),
+        (1e6, torch.float16, '1 infinite .* too large for torch.float16'),
+    ],
+)
 def test_a_generator_that_is_not_finite_is_not_written(tmp_path, value, dtype, says):
     from dmd2_nb.weights import load_denoiser, save_denoiser
     save_denoiser(toy(), tmp_path/'g.safetensors', dtype)
@@ -572,8 +614,20 @@ def test_features_and_statistics_are_finite(tmp_path):
     Stats.of(x[:5], see).save(tmp_path/'s.npz')
 
 
-@pytest.mark.parametrize('tensor, says', [(torch.tensor([[1., float('inf')]]).to(torch.float8_e5m2), '1 infinite of 2 numbers, the first at (0, 1)'), (torch.tensor(float('nan')), '1 NaN of 1 numbers'),
-                                          (torch.tensor([1., -float('inf'), float('nan')]).bfloat16(), '1 NaN and 1 infinite of 3 numbers, the first at (1,)')])
+@pytest.mark.parametrize(
+    'tensor, says',
+    [
+        (
+            torch.tensor([[1.0, float('inf')]]).to(torch.float8_e5m2),
+            '1 infinite of 2 numbers, the first at (0, 1)',
+        ),
+        (torch.tensor(float('nan')), '1 NaN of 1 numbers'),
+        (
+            torch.tensor([1.0, -float('inf'), float('nan')]).bfloat16(),
+            '1 NaN and 1 infinite of 3 numbers, the first at (1,)',
+        ),
+    ],
+)
 def test_what_is_not_finite_is_counted_and_placed(tensor, says):
     from dmd2_nb.system.tensors import check_finite
     with pytest.raises(ValueError) as e:
@@ -667,7 +721,32 @@ def test_measurements_against_other_bytes_are_not_used_again(measured):
 
 # Model cards
 
-@pytest.mark.parametrize('name', ["bob's model", 'a: b', '"quoted"', 'two\nlines', '# no comment', '{a}', '[b', '- c', '@d', 'back\\slash', 'tab\there', '\x7f\x85\u2028', 'schön 🦊', '%', 'null', '3', '---', ' spaces ', '`'*3, "'", '&x *y !z'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        "bob's model",
+        'a: b',
+        '"quoted"',
+        'two\nlines',
+        '# no comment',
+        '{a}',
+        '[b',
+        '- c',
+        '@d',
+        'back\\slash',
+        'tab\there',
+        '\x7f\x85\u2028',
+        'schön 🦊',
+        '%',
+        'null',
+        '3',
+        '---',
+        ' spaces ',
+        '`' * 3,
+        "'",
+        '&x *y !z',
+    ],
+)
 def test_a_model_card_is_yaml_and_python_whatever_the_name(name):
     yaml = pytest.importorskip('yaml')
     import ast

@@ -10,8 +10,8 @@ import torch
 from dmd2_nb import cli, jobs, recipes, runs, teacher_job
 from dmd2_nb.job import images_facts
 from dmd2_nb.logs import CsvLog, read_log
-from dmd2_nb.runs import claim_run, finished, run_config
-from dmd2_nb.system.checkpoint import load_folder, save_folder, save_step, steps
+from dmd2_nb.runs import claim_run, run_config
+from dmd2_nb.system.checkpoint import load_folder, save_folder, steps
 from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.weights import build_denoiser, save_denoiser
 

@@ -88,7 +88,11 @@ def test_lora_of_another_width(tmp_path):
     assert same(weights(G), was)
 
 
-@pytest.mark.parametrize('change', [dict(in_channels=9), dict(block_out_channels=(16, 32, 32)), dict(cross_attention_dim=32)], ids=['inputs', 'widths', 'text'])
+@pytest.mark.parametrize(
+    'change',
+    [dict(in_channels=9), dict(block_out_channels=(16, 32, 32)), dict(cross_attention_dim=32)],
+    ids=['inputs', 'widths', 'text'],
+)
 def test_unet_with_wrong_channels(tmp_path, change):
     file = (
         export_unet(make_unet(SMALL, **change), tmp_path / 'other', (999,))
@@ -101,9 +105,18 @@ def test_unet_with_wrong_channels(tmp_path, change):
     assert one_line(e)
 
 
-@pytest.mark.parametrize('raw, says', [(b'a cat\n\na dog\n', 'line 2: empty prompt'), (b'a cat\n   \n', 'line 2: empty prompt'), (b'a cat\ncaf\xe9\n', 'line 2: not UTF-8 .byte 0xe9'),
-                                       (b'\xff\xfea\0', 'line 1: not UTF-8'), (b'a\0b\n', 'line 1: not text'), (b'', 'has no prompts')],
-                         ids=['empty line', 'blank line', 'latin-1', 'utf-16', 'zero byte', 'empty file'])
+@pytest.mark.parametrize(
+    'raw, says',
+    [
+        (b'a cat\n\na dog\n', 'line 2: empty prompt'),
+        (b'a cat\n   \n', 'line 2: empty prompt'),
+        (b'a cat\ncaf\xe9\n', 'line 2: not UTF-8 .byte 0xe9'),
+        (b'\xff\xfea\0', 'line 1: not UTF-8'),
+        (b'a\0b\n', 'line 1: not text'),
+        (b'', 'has no prompts'),
+    ],
+    ids=['empty line', 'blank line', 'latin-1', 'utf-16', 'zero byte', 'empty file'],
+)
 def test_prompt_files(tmp_path, raw, says):
     (tmp_path/'p.txt').write_bytes(raw)
     with pytest.raises(ValueError, match=f'p.txt.* {says}') as e: PromptFile(tmp_path/'p.txt')
@@ -168,7 +181,11 @@ def fake_bnb(**kw):
     return types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit, **kw))
 
 
-@pytest.mark.parametrize('module, says', [(None, 'bitsandbytes'), (fake_bnb(), 'it needs a GPU')], ids=['absent', 'no GPU'])
+@pytest.mark.parametrize(
+    'module, says',
+    [(None, 'bitsandbytes'), (fake_bnb(), 'it needs a GPU')],
+    ids=['absent', 'no GPU'],
+)
 def test_no_8_bit_optimiser(conds, monkeypatch, module, says):
     "Said once; the run is what it would have been without asking"
     monkeypatch.setitem(sys.modules, 'bitsandbytes', module)
@@ -247,8 +264,18 @@ def test_unknown_optimiser(conds):
         )
 
 
-@pytest.mark.parametrize('what, says', [('v', 'predicts epsilon, the start v_prediction'), ('other', "not of the teacher's architecture"), ('sd15', 'belongs to another model'),
-                                        ('foreign', 'matches no layer of the teacher'), ('empty', 'holds no .safetensors'), ('missing', 'is missing'), ('damaged', 'is damaged')])
+@pytest.mark.parametrize(
+    'what, says',
+    [
+        ('v', 'predicts epsilon, the start v_prediction'),
+        ('other', "not of the teacher's architecture"),
+        ('sd15', 'belongs to another model'),
+        ('foreign', 'matches no layer of the teacher'),
+        ('empty', 'holds no .safetensors'),
+        ('missing', 'is missing'),
+        ('damaged', 'is damaged'),
+    ],
+)
 def test_adapt_refuses_a_start_before_it_prepares_anything(tmp_path, conds, what, says):
     from dmd2_nb.sdxl.adapt import adapt
     from dmd2_nb.sdxl.adapter import VDenoiser

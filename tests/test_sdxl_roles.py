@@ -1,5 +1,4 @@
 "Three roles on one base against three separate networks; the memory plan against counted bytes"
-import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ from dmd2_nb.distill import DMD2, DMD2Config
 from dmd2_nb.sdxl.adapter import (
     TINY_SD15,
     TINY_SDXL,
-    CondUNet,
     EpsDenoiser,
     few_step_timesteps,
     make_unet,
@@ -371,7 +369,7 @@ def eval_safe(v):
 
 def test_advice_where_memory_runs_out_in_spite_of_the_plan():
     "The error of a notebook and the line of a command carry what the plan says"
-    from dmd2_nb.cli import explained
+    from dmd2_nb.refusals import explained
     from dmd2_nb.sdxl.adapt import add_advice
 
     plan = memory_plan(Setup(unet=TINY_SDXL, rank=4, px=512, batch=2))

@@ -115,11 +115,31 @@ def test_recipes_are_as_they_were(name):
     assert DMD2Config.from_dict(json.loads(json.dumps(asdict(c)))) == c
 
 
-@pytest.mark.parametrize('text, word', [('betas_g=0.5', '2 numbers'), ('dm_bins=inf', '2 numbers'), ('dm_bins=20,inf', 'finite'), ('dm_bins=20.5,900', 'whole'),
-                                        ('lr_g=1e300', 'lr_g'), ('lr_g=0', 'above 0'), ('ttur=2.5', 'whole'), ('batch=1e400', 'finite'), ('guidance=nan', 'finite'),
-                                        ('ema_halflife=inf', 'finite'), ('betas_fake=0,1', 'below 1'), ('levels=5,80', 'fall'), ('levels=', 'levels'),
-                                        ('seed=99999999999999999999', 'seed'), ('ttur=True', 'no int'), ('ttur=3,4', 'whole'), ('rollout=back', 'rollout'),
-                                        ('dtype=half', 'half'), ('warmup_fake=-1', 'negative'), ('lr_g=1,2', 'number')])
+@pytest.mark.parametrize(
+    'text, word',
+    [
+        ('betas_g=0.5', '2 numbers'),
+        ('dm_bins=inf', '2 numbers'),
+        ('dm_bins=20,inf', 'finite'),
+        ('dm_bins=20.5,900', 'whole'),
+        ('lr_g=1e300', 'lr_g'),
+        ('lr_g=0', 'above 0'),
+        ('ttur=2.5', 'whole'),
+        ('batch=1e400', 'finite'),
+        ('guidance=nan', 'finite'),
+        ('ema_halflife=inf', 'finite'),
+        ('betas_fake=0,1', 'below 1'),
+        ('levels=5,80', 'fall'),
+        ('levels=', 'levels'),
+        ('seed=99999999999999999999', 'seed'),
+        ('ttur=True', 'no int'),
+        ('ttur=3,4', 'whole'),
+        ('rollout=back', 'rollout'),
+        ('dtype=half', 'half'),
+        ('warmup_fake=-1', 'negative'),
+        ('lr_g=1,2', 'number'),
+    ],
+)
 def test_the_same_from_text(text, word):
     with pytest.raises(ValueError) as e: config_changes([text])
     assert (
@@ -153,11 +173,30 @@ def test_text_that_is_right():
     )
 
 
-@pytest.mark.parametrize('change', [dict(iters=0), dict(iters=2.5), dict(n_eval=True), dict(holdout=1.5), dict(decay=math.nan), dict(every=dict(log=-1)),
-                                    dict(every=dict(save=2.5)), dict(teacher=dict(lr=0)), dict(teacher=dict(lr=math.inf)), dict(teacher=dict(batch=2.5)),
-                                    dict(teacher=dict(label_dropout=2)), dict(teacher=dict(dtype='half')), dict(teacher=dict(groups=[17, .5])),
-                                    dict(sampler=dict(steps=0)), dict(sampler=dict(S_churn=math.nan)), dict(four=dict(lr=1.)), dict(four=dict(iters=0)),
-                                    dict(four=dict(lr_g=math.nan)), dict(n_watch='500')])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(iters=0),
+        dict(iters=2.5),
+        dict(n_eval=True),
+        dict(holdout=1.5),
+        dict(decay=math.nan),
+        dict(every=dict(log=-1)),
+        dict(every=dict(save=2.5)),
+        dict(teacher=dict(lr=0)),
+        dict(teacher=dict(lr=math.inf)),
+        dict(teacher=dict(batch=2.5)),
+        dict(teacher=dict(label_dropout=2)),
+        dict(teacher=dict(dtype='half')),
+        dict(teacher=dict(groups=[17, 0.5])),
+        dict(sampler=dict(steps=0)),
+        dict(sampler=dict(S_churn=math.nan)),
+        dict(four=dict(lr=1.0)),
+        dict(four=dict(iters=0)),
+        dict(four=dict(lr_g=math.nan)),
+        dict(n_watch='500'),
+    ],
+)
 def test_a_recipe_is_checked_too(change):
     with pytest.raises(ValueError) as e: replace(RECIPES['fashion16'], **change)
     assert len(str(e.value).splitlines()) == 1 and any(

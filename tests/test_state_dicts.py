@@ -1,6 +1,5 @@
 "One reader of state dicts: whoever wrote them, however they were wrapped; one way to say what does not fit"
-import json, os, pickle, zipfile
-from collections import OrderedDict
+import json, os, zipfile
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from dmd2_nb.system.tensors import (
     plain_names,
     read_shapes,
     read_state_dict,
-    weight_files,
 )
 
 
@@ -45,7 +43,17 @@ def new(o, path): torch.save(o, path)
 def safe(o, path): save_file({k: v.contiguous() for k, v in o.items()}, path)
 
 
-@pytest.mark.parametrize('write, name', [(new, 'a.pt'), (old, 'a.pt'), (new, 'a.bin'), (old, 'pytorch_model.bin'), (safe, 'a.safetensors'), (safe, 'odd_ending.bin')])
+@pytest.mark.parametrize(
+    'write, name',
+    [
+        (new, 'a.pt'),
+        (old, 'a.pt'),
+        (new, 'a.bin'),
+        (old, 'pytorch_model.bin'),
+        (safe, 'a.safetensors'),
+        (safe, 'odd_ending.bin'),
+    ],
+)
 def test_files(write, name, tmp_path):
     write(own, tmp_path/name)
     same(quiet(tmp_path/name))
@@ -82,7 +90,18 @@ def test_parameters_views_and_shared_tensors(write, tmp_path):
     )
 
 
-@pytest.mark.parametrize('start', ['module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.', 'module.module.', '_fsdp_wrapped_module.', '_orig_mod._orig_mod.'])
+@pytest.mark.parametrize(
+    'start',
+    [
+        'module.',
+        '_orig_mod.',
+        'module._orig_mod.',
+        '_orig_mod.module.',
+        'module.module.',
+        '_fsdp_wrapped_module.',
+        '_orig_mod._orig_mod.',
+    ],
+)
 @pytest.mark.parametrize('write', [new, safe])
 def test_prefixes(start, write, tmp_path):
     write(
@@ -198,7 +217,18 @@ def test_checkpoints_of_training_programs(tmp_path, capsys):
     same(quiet(tmp_path/'a.pt'))
 
 
-@pytest.mark.parametrize('what', [[1, 2], 'text', torch.zeros(3), dict(a=torch.zeros(2), epoch=3), {1: torch.zeros(2)}, {}, dict(state={0: dict(exp_avg=torch.zeros(2))}, param_groups=[])])
+@pytest.mark.parametrize(
+    'what',
+    [
+        [1, 2],
+        'text',
+        torch.zeros(3),
+        dict(a=torch.zeros(2), epoch=3),
+        {1: torch.zeros(2)},
+        {},
+        dict(state={0: dict(exp_avg=torch.zeros(2))}, param_groups=[]),
+    ],
+)
 @pytest.mark.parametrize('write', [new, old])
 def test_no_state_dict(what, write, tmp_path):
     write(what, tmp_path/'a.pt')
@@ -233,7 +263,16 @@ def test_cut_and_flipped(write, tmp_path):
         assert str(p) in str(e.value) and len(str(e.value)) < 600 and '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('head, word', [(b'GGUF\3\0\0\0', 'GGUF'), (b'<!DOCTYPE html>', 'web page'), (b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull'), (b'\x93NUMPY', 'NumPy'), (b'{"a": 1}', 'JSON')])
+@pytest.mark.parametrize(
+    'head, word',
+    [
+        (b'GGUF\3\0\0\0', 'GGUF'),
+        (b'<!DOCTYPE html>', 'web page'),
+        (b'version https://git-lfs.github.com/spec/v1\n', 'git lfs pull'),
+        (b'\x93NUMPY', 'NumPy'),
+        (b'{"a": 1}', 'JSON'),
+    ],
+)
 def test_other_files(head, word, tmp_path):
     (tmp_path/'model.bin').write_bytes(head+b'\0'*100)
     with pytest.raises(ValueError, match=word): quiet(tmp_path)
@@ -327,21 +366,36 @@ def test_tensors_of_several_processes(tmp_path):
 def change(**k): return own | k
 
 
-@pytest.mark.parametrize('given, cause', [
-    ({f'unet.{k}': v for k, v in own.items()}, "its names begin with 'unet.'"),
-    ({f'model.diffusion.{k}': v for k, v in own.items()}, "its names begin with 'model.diffusion.'"),
-    (change(**{'0.weight': torch.zeros(6, 9, 3, 3)}), 'takes 9 input channels where 4 are wanted: it looks like an inpainting U-Net'),
-    (change(**{'0.weight': torch.zeros(6, 5, 3, 3)}), 'takes 5 input channels'),
-    ({'mid.attn.to_q.lora_A.weight': torch.zeros(4, 6)}, 'it is a LoRA'),
-    ({'lora_unet_mid.lora_down.weight': torch.zeros(4, 6)}, 'it is a LoRA'),
-    ({'text_model.encoder.layers.0.mlp.fc1.weight': torch.zeros(4, 6)}, 'it is a text encoder'),
-    ({'decoder.mid_block.resnets.0.conv1.weight': torch.zeros(4, 6)}, 'VAE'),
-    ({'model.diffusion_model.input_blocks.0.0.weight': torch.zeros(4, 6)}, 'original names'),
-    ({k: v for k, v in own.items() if k != '2.weight'}, f'it has {len(own)-1} of {len(own)} tensors'),
-    ({'x': torch.zeros(2)}, 'another kind of network'),
-    ({k: torch.zeros([2*n for n in v.shape]) for k, v in own.items()}, 'another width: 2 times as wide'),
-    (change(extra=torch.zeros(3)), 'unexpected: extra'),
-])
+@pytest.mark.parametrize(
+    'given, cause',
+    [
+        ({f'unet.{k}': v for k, v in own.items()}, "its names begin with 'unet.'"),
+        (
+            {f'model.diffusion.{k}': v for k, v in own.items()},
+            "its names begin with 'model.diffusion.'",
+        ),
+        (
+            change(**{'0.weight': torch.zeros(6, 9, 3, 3)}),
+            'takes 9 input channels where 4 are wanted: it looks like an inpainting U-Net',
+        ),
+        (change(**{'0.weight': torch.zeros(6, 5, 3, 3)}), 'takes 5 input channels'),
+        ({'mid.attn.to_q.lora_A.weight': torch.zeros(4, 6)}, 'it is a LoRA'),
+        ({'lora_unet_mid.lora_down.weight': torch.zeros(4, 6)}, 'it is a LoRA'),
+        ({'text_model.encoder.layers.0.mlp.fc1.weight': torch.zeros(4, 6)}, 'it is a text encoder'),
+        ({'decoder.mid_block.resnets.0.conv1.weight': torch.zeros(4, 6)}, 'VAE'),
+        ({'model.diffusion_model.input_blocks.0.0.weight': torch.zeros(4, 6)}, 'original names'),
+        (
+            {k: v for k, v in own.items() if k != '2.weight'},
+            f'it has {len(own) - 1} of {len(own)} tensors',
+        ),
+        ({'x': torch.zeros(2)}, 'another kind of network'),
+        (
+            {k: torch.zeros([2 * n for n in v.shape]) for k, v in own.items()},
+            'another width: 2 times as wide',
+        ),
+        (change(extra=torch.zeros(3)), 'unexpected: extra'),
+    ],
+)
 def test_likely_cause(given, cause):
     text = misfit(own, given)
     assert cause in text and len(text) <= 480

@@ -152,10 +152,25 @@ def test_one_batch_is_no_stream(conds):
     )
 
 
-@pytest.mark.parametrize('real, word', [
-    (x, 'pair (x, cond), got one Tensor'), ((x,), 'pair'), ((x, LABELS, 1), 'pair'), (dict(x=x), 'pair'), ((x.numpy(), LABELS), 'ndarray'), ((None, LABELS), 'NoneType'),
-    ((torch.zeros(8, 2, dtype=torch.uint8), LABELS), 'torch.uint8'), ((x.long(), LABELS), 'torch.int64'), ((x[:, :1], LABELS), '(8, 1)'), ((x[:, :, None], LABELS), '(8, 2, 1)'),
-    ((x[:0], LABELS[:0]), '(0, 2)'), ((x, LABELS[:3]), '8 samples and 3 conditions'), ((x, torch.nn.functional.one_hot(LABELS)), '(8, 4)'), ((x, LABELS.float()), 'float32')])
+@pytest.mark.parametrize(
+    'real, word',
+    [
+        (x, 'pair (x, cond), got one Tensor'),
+        ((x,), 'pair'),
+        ((x, LABELS, 1), 'pair'),
+        (dict(x=x), 'pair'),
+        ((x.numpy(), LABELS), 'ndarray'),
+        ((None, LABELS), 'NoneType'),
+        ((torch.zeros(8, 2, dtype=torch.uint8), LABELS), 'torch.uint8'),
+        ((x.long(), LABELS), 'torch.int64'),
+        ((x[:, :1], LABELS), '(8, 1)'),
+        ((x[:, :, None], LABELS), '(8, 2, 1)'),
+        ((x[:0], LABELS[:0]), '(0, 2)'),
+        ((x, LABELS[:3]), '8 samples and 3 conditions'),
+        ((x, torch.nn.functional.one_hot(LABELS)), '(8, 4)'),
+        ((x, LABELS.float()), 'float32'),
+    ],
+)
 def test_real_batches_that_do_not_fit(real, word):
     line(lambda: losses(repeat(LABELS), [real]*4), word)
     line(lambda: losses(repeat(LABELS), [real]*4, gan_g=0., gan_d=0., **mid_run), word)

@@ -89,7 +89,16 @@ def test_asked_to_leave(seen, job, name, code):
 
 
 @posix
-@pytest.mark.parametrize('how, word', dict(cut='ema.safetensors is damaged', bit='ema.safetensors is damaged', gone='ema.safetensors is missing', state='state.json is damaged', empty='state.json is damaged').items())
+@pytest.mark.parametrize(
+    'how, word',
+    dict(
+        cut='ema.safetensors is damaged',
+        bit='ema.safetensors is damaged',
+        gone='ema.safetensors is missing',
+        state='state.json is damaged',
+        empty='state.json is damaged',
+    ).items(),
+)
 def test_damaged_newest(seen, how, word):
     "The warning names the file and what is taken instead; the end is the same"
     t = seen['damaged'][how]

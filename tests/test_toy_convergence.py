@@ -1,7 +1,6 @@
 """A seeded run in the plane must arrive, and must not with the gradient turned round; the toy logs
 must be what their script writes"""
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import pytest

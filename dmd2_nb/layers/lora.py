@@ -13,7 +13,7 @@ import hashlib, json, math, warnings
 from pathlib import Path
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 from .lora_names import bare, sort_lora
 from .lora_strength import number, settle_alphas, told_alphas
@@ -142,7 +142,7 @@ def open_lora(
     if not alphas and all(_by_names(p['down']) for p in found.values()):
         alphas = {n: float(a[0]) for n,(a,_) in pairs.items()}
         warnings.warn(f'{path} says no alpha: it is read as alpha = rank, as other programs read '
-                      'it; pass alpha= if it was trained with another')
+                      'it; pass alpha= if it was trained with another', stacklevel=2)
     lora = {n: _matrices(tensors, p, weights[f'{n}.weight']) for n,p in found.items()}
     return Lora(str(path), lora, alphas)
 

@@ -209,7 +209,8 @@ def sort_lora(
     if double: raise ValueError(f'{source} holds the same matrix twice: {few(double, 1)}')
     _refuse(finder, source, what, found, lost, others, strange)
     if text: warnings.warn(f'{source}: its part for text encoders ({len(text)} tensors: '
-                           f'{few(text, 2)}) is left out, its part for the {what} is taken')
+                           f'{few(text, 2)}) is left out, its part for the {what} is taken',
+                           stacklevel=2)
     if own: warnings.warn(f"{source}: {len(own)} weights of the {what} itself ({few(own, 2)}) are "
-                          "left out, only the LoRA's matrices are taken")
+                          "left out, only the LoRA's matrices are taken", stacklevel=2)
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 import warnings
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 
 from ..system.atomic import one_move_folder, write_text
 from ..system.tensors import check_finite, check_fit, load_into, one_dtype, read_metadata
@@ -79,7 +79,8 @@ def load_dmd2_lora(
     if rank!=net.rank: raise ValueError(f'{path} has rank {rank}, the adapter has {net.rank}')
     if alpha is None:
         warnings.warn(
-            f"nothing tells the alpha of {path}: the adapter's own ({net.alpha:g}) is kept"
+            f"nothing tells the alpha of {path}: the adapter's own ({net.alpha:g}) is kept",
+            stacklevel=2,
         )
     elif alpha!=net.alpha:
         tensors = {n: (a, b.float()*(alpha/net.alpha)) for n,(a,b) in tensors.items()}

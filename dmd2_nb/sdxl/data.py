@@ -16,10 +16,10 @@ from torch import Tensor
 from ..system.atomic import one_move, write_json
 from ..system.lmdb_pages import LMDB
 from ..system.tensors import check_finite, read_tensors
-from ..core import cond_cat, cond_index, cond_len, cond_map, cond_to, rng
+from ..core import cond_map, cond_to, rng
 from ..system.plan import content_hash, fingerprint, identity, keep_plan, read_plan
 from ..system.texts import clean_prompt, read_prompts
-from .conditioning import SDXLCond, TextEncoders, encode_prompts, micro_ids
+from .conditioning import SDXLCond, TextEncoders, encode_prompts
 
 # %% ../../nbs/33_sdxl.data.ipynb #630c80ff
 class PromptFile:
@@ -376,7 +376,8 @@ def encode_latents(
     shards = write_shards(folder, len(images), make, shard, facts, progress, mark)
     if 0<=pictures.lowest<math.inf:
         warnings.warn(
-            f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1'
+            f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1',
+            stacklevel=2,
         )
     return shards
 

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 import gc, warnings
 
 import torch
-from torch import Tensor
 
 from ..core import cond_map
 from .lora import AdapterNet
@@ -217,7 +216,9 @@ class Graphs:
             self.failed = str(e).splitlines()[0]
             self.passes.clear()
             self.bufs.clear()
-            warnings.warn(f'passes are not recorded, every step will be slower: {self.failed}')
+            warnings.warn(
+                f'passes are not recorded, every step will be slower: {self.failed}', stacklevel=2
+            )
             return False
         finally:
             for q,g in zip(p.net.flats, grads): q.grad = g

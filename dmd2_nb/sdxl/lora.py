@@ -9,7 +9,7 @@ __all__ = ['LORA_TARGETS', 'BLOCKS', 'LoraLinear', 'LoraConv', 'Hook', 'Unit', '
 import math
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 

@@ -6,6 +6,8 @@
 __all__ = ['trailing_timesteps', 'euler_sample', 'pair_noise', 'teacher_pairs', 'decoder', 'regression_pretrain', 'check_steps']
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #eab47c26
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -186,7 +188,7 @@ def regression_pretrain(
                 dict(generator=G.state_dict(), optimiser=tensors),
                 dict(step=step + 1, groups=groups, run=run),
             )
-            save_last(folder, step+1, lambda p: save_folder(p, parts, state))
+            save_last(folder, step+1, partial(save_folder, tensors=parts, state=state))
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #e560b0fa
 def _resume(G, opt, folder, run:dict)->int: # Updates done

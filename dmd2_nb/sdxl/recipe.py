@@ -23,7 +23,7 @@ from .adapter import few_step_timesteps, sdxl_sigmas
 from .conditioning import zero_uncond
 from .data import LatentShards, vae_decode
 # the second is handed on: here it is looked for
-from .pretrain import check_steps, regression_pretrain
+from .pretrain import check_steps, regression_pretrain  # noqa: F401 handed on
 from .roles import AnySideHead, Roles, head_side, spend_gradients
 
 # %% ../../nbs/34_sdxl.recipe.ipynb #2b63b3a7
@@ -125,7 +125,8 @@ def eight_bit(
     except Exception as e:
         warnings.warn(
             f'8-bit AdamW is not available ({(str(e) or type(e).__name__).splitlines()[0][:80]}): '
-            'averages stay in float32'
+            'averages stay in float32',
+            stacklevel=2,
         )
         return False
     for n,o in opts.items(): setattr(dmd, n, o)

@@ -9,19 +9,18 @@ __all__ = ['WORKSPACE', 'Roles', 'spend_gradients', 'SharedBase', 'FullCopies', 
 # %% ../../nbs/32_sdxl.roles.ipynb #6f01c6d3
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 import math
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.nn import functional as F
 
 from ..core import EMA, cond_cat, cond_map, frozen
-from ..denoiser import Guided
 from ..gan import GanHead
 from .adapter import EpsDenoiser, SDXL_UNET, SigmaDenoiser, make_unet
 from .lora import LORA_TARGETS, AdapterBase, AdapterNet
-from .graphs import CudaRecorder, EchoRecorder, Graphs
+from .graphs import EchoRecorder, Graphs
 from .memory import AllocatorModel, AutocastFootprint, GiB, MemoryMeter, fused_attention
 
 # %% ../../nbs/32_sdxl.roles.ipynb #4993c294

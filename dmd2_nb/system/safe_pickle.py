@@ -353,7 +353,8 @@ OPCODES = {
 MAGIC = 0x1950a86a20f9469cfc6c # Begins each file of the old kind
 DTYPES = {
     f'torch.{n}': getattr(torch, n)
-    for n in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128
+    for n in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool
+          complex64 complex128
           float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu'''.split()
     if hasattr(torch, n)
 }
@@ -552,8 +553,8 @@ def module_state(
 def write_edm_pickle(
     obj,       # What to write, say `dict(ema=D)`
     path,      # File to write
-    kwargs={}, # Constructor arguments to keep with the outermost module
-    names={},  # Class name here -> class name in the file
+    kwargs=None, # Constructor arguments to keep with the outermost module
+    names=None,  # Class name here -> class name in the file
     protocol=4, # Of the pickle format
     args=(),   # Constructor arguments that were given by position
 ):
@@ -567,7 +568,7 @@ def write_edm_pickle(
         '_reconstruct_persistent_obj',
     )
     class Pickler(pickle.Pickler):
-        first = dict(_init_args=args, _init_kwargs=kwargs)
+        first = dict(_init_args=args, _init_kwargs=kwargs or {})
         def reducer_override(self, o):
             if (
                 not isinstance(o, torch.nn.Module)
@@ -575,7 +576,7 @@ def write_edm_pickle(
             ):
                 return NotImplemented
             state,self.first = o.__dict__ | self.first,dict(_init_args=(), _init_kwargs={})
-            name = names.get(type(o).__name__, type(o).__name__)
+            name = (names or {}).get(type(o).__name__, type(o).__name__)
             return _reconstruct_persistent_obj, (
                 dict(
                     type='class',

@@ -105,7 +105,10 @@ USUAL = (
     'pytorch_lora_weights',
     'generator',
 )
-NO_WEIGHTS = r'(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|dl_state_dict|custom_checkpoint)'
+NO_WEIGHTS = (
+    r'(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|dl_state_dict|'
+    r'custom_checkpoint)'
+)
 SHARD = r'(.+)-(\d{5})-of-(\d{5})'
 
 def _rank(path):

@@ -70,7 +70,9 @@ COLUMNS = 'caption', 'prompt', 'text'
 LEFT_OUT = {
     '.parquet .arrow .feather .orc': 'is a table that this package does not read: save its prompts as .csv or .jsonl',
     '.xls .xlsx .xlsm .ods .numbers': 'is a spreadsheet: save it as .csv',
-    '.doc .docx .odt .rtf .pdf .html .htm .xml .yaml .yml .toml': 'is no list of prompts: save them as a text file, one a line',
+    '.doc .docx .odt .rtf .pdf .html .htm .xml .yaml .yml .toml': (
+        'is no list of prompts: save them as a text file, one a line'
+    ),
     '.gz .zip .tar .tgz .bz2 .xz .zst .7z': 'is packed: unpack it first',
     '.pt .pth .ckpt .bin .safetensors .npy .npz': 'holds numbers, no prompts: save them as a text file, one a line',
 }  # Endings of files that are refused, and why

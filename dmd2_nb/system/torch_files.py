@@ -17,7 +17,6 @@ from dmd2_nb.system.safe_pickle import (
     Machine,
     Numbers,
     RefusedPickle,
-    Thing,
     TORCH_CALLS,
     as_data,
     read_torch_stream,
