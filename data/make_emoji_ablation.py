@@ -119,7 +119,7 @@ class Bench:
                         y,
                         sigma,
                         c,
-                        torch.randn(y.shape, generator=g, device=self.device),
+                        noise=torch.randn(y.shape, generator=g, device=self.device),
                     )
                     .float()
                     .mean()

@@ -193,8 +193,8 @@ def test_noisy_logits_treat_samples_one_by_one(net):
     fake = EDMPrecond(net)
     x, n = torch.randn(2, b, *net.shape, dtype=torch.double)
     head = GanHead(getattr(net, 'bottleneck', (8,))).double()
-    one = [noisy_logits(fake, head, x[i:i+1], sigma[i:i+1], y[i:i+1], n[i:i+1]) for i in range(b)]
-    both = noisy_logits(fake, head, x, sigma, y, n)
+    one = [noisy_logits(fake, head, x[i:i+1], sigma[i:i+1], y[i:i+1], noise=n[i:i+1]) for i in range(b)]
+    both = noisy_logits(fake, head, x, sigma, y, noise=n)
     close(both, torch.cat(one), 1e-7)
     assert both.std() > 1e-4  # a head that answers alike to everything is dead
 

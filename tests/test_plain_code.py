@@ -68,6 +68,27 @@ def several(tree):
     return said
 
 
+# What may have more parameters by position, and why
+by_place = {
+    '20c_fused': 'kernels get their arguments by place, and autograd hands them on by place',
+    '19b_exercises': "the answers have the paper's inputs, each once",
+}
+
+
+def own(f):
+    "Nodes of a function without those of functions inside it"
+    for n in ast.iter_child_nodes(f):
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)): continue
+        yield n
+        yield from own(n)
+
+
+def wide(f):
+    "Parameters beyond `self` that may be given by place"
+    names = [a.arg for a in f.args.posonlyargs+f.args.args]
+    return len(names)-(names[:1] in (['self'], ['cls'], ['ctx']))
+
+
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 def test_statements(path):
     "One statement a line, five parameters by position, forty statements a function"
@@ -75,11 +96,11 @@ def test_statements(path):
     for id, source in cells(path):
         tree = ast.parse(source)
         wrong += [f'{id}:{row}: two statements' for row in several(tree)]
-        for n in ast.walk(tree):
-            if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
-            places = [a.arg for a in n.args.posonlyargs+n.args.args if a.arg not in ('self', 'cls')]
-            if len(places) > 5:
-                wrong.append(f'{id}:{n.lineno}: {n.name} has {len(places)} parameters by position')
-            count = sum(isinstance(o, ast.stmt) for o in ast.walk(n))-1
-            if count > 40: wrong.append(f'{id}:{n.lineno}: {n.name} has {count} statements')
+        for f in ast.walk(tree):
+            if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+            place = f'{id}:{f.lineno}: {f.name} has'
+            if wide(f) > 5 and path.stem not in by_place:
+                wrong.append(f'{place} {wide(f)} parameters by position')
+            count = sum(isinstance(n, ast.stmt) for n in own(f))
+            if count > 40: wrong.append(f'{place} {count} statements')
     assert not wrong, wrong
