@@ -58,6 +58,7 @@ def check_sha256(
     found = sha256(path)
     if not found.startswith(expected):
         raise ValueError(
-            f'{path}: sha256 is {found[:16]}…, expected {expected[:16]}…: a damaged or different file'
+            f'{path}: sha256 is {found[:16]}…, expected {expected[:16]}…: a damaged or different '
+            f'file'
         )
     return Path(path)

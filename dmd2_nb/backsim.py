@@ -21,9 +21,9 @@ def simulate(
     sigmas:Tensor,  # Falling levels, (n,)
     k:int,          # Step whose input is wanted, 0..n-1
     cond=None,      # Passed to `G`
-    generator=None, # `torch.Generator` of the noise between steps
+    *, generator=None, # `torch.Generator` of the noise between steps
     noises=None,    # Or the unit noises themselves, an iterable
 ): # `(x, sigma)`: the generator's input at step `k` and its level (b,)
     "Backward simulation: the generator's input at step `k`, made by the generator (DMD2, section 4.5)"
     if not 0<=k<len(sigmas): raise ValueError(f'k must lie in 0..{len(sigmas)-1}, got {k}')
-    return next(islice(few_step_states(G, z, sigmas, cond, generator, noises), k, None))
+    return next(islice(few_step_states(G, z, sigmas, cond, generator, noises=noises), k, None))

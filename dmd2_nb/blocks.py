@@ -27,7 +27,7 @@ class Linear(nn.Module):
         cin, cout,     # Features in and out
         bias=True,     # Whether there is an offset
         law='kaiming_uniform',     # From which weights are drawn
-        scale=1., bias_scale=0.,   # Factors on weights and offset at the start
+        *, scale=1., bias_scale=0.,   # Factors on weights and offset at the start
     ):
         super().__init__()
         self.weight = nn.Parameter(_draw((cout, cin), law, cin, cout)*scale)
@@ -63,7 +63,7 @@ class Conv(nn.Module):
         cin, cout,      # Channels
         kernel,         # Side of the kernel; 0 resamples only
         up=False, down=False, # Whether sides are doubled or halved
-        taps=(1,1),     # Resampling filter along one axis
+        *, taps=(1,1),     # Resampling filter along one axis
         conv_first=False, # Convolve, then halve
         law='kaiming_uniform', scale=1., bias_scale=0., # Initial values
     ):
@@ -142,7 +142,7 @@ class Block(nn.Module):
     def __init__(self,
         cin, cout, emb, # Channels in and out, size of the embedding
         heads=0,        # Attention heads, 0 for no attention
-        up=False, down=False, # Whether sides are doubled or halved
+        *, up=False, down=False, # Whether sides are doubled or halved
         dropout=0., taps=(1,1), # Share of features dropped in training; the filter that up and down use
         eps=1e-5,       # Of the norms
         skip_scale=1.,  # Factor of each residual sum

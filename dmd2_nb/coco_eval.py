@@ -56,7 +56,7 @@ def generate(
     out,            # Folder for the pictures
     seed:int=0,     # Names the noise of each prompt
     each:int=1,     # Pictures a prompt
-    batch:int=8,    # Pictures at a time
+    *, batch:int=8,    # Pictures at a time
     progress=None,  # Wraps the iteration over batches
     **facts,        # JSON-able: what else must be the same for a run to go on
 )->Path: # The folder: 000000.png ..., run.json
@@ -215,7 +215,7 @@ def evaluate_prompts(
     out,                 # Folder of the evaluation; goes on where it stopped
     real:Photographs=None, # What the pictures are compared with; no distances when absent
     clip=None,           # `features.clip()`, for the prompt score
-    lpips=None,          # `fid.lpips()`, or another distance, for diversity
+    *, lpips=None,          # `fid.lpips()`, or another distance, for diversity
     diverse:list=None,   # Prompts drawn four times for it; the first 128 of `prompts` when absent
     seed:int=0,          # Names the random draws
     batch:int=8,         # Prompts drawn at once

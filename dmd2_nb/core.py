@@ -127,7 +127,8 @@ def cond_map(
     other = next((k for k in kinds if k!=kinds[0]), None)
     if other:
         raise ValueError(
-            f'conditions differ: one is {kinds[0]}, another is {other}; give all of them alike, or none'
+            f'conditions differ: one is {kinds[0]}, another is {other}; give all of them alike, or '
+            f'none'
         )
     if c is None: return None
     if isinstance(c, Tensor): return f(*conds)
@@ -240,7 +241,7 @@ def check_number(
     least=None,       # Smallest allowed value
     most=None,        # Largest allowed value
     above=None,       # A bound that must be exceeded
-    whole:bool=False, # Whether it counts something
+    *, whole:bool=False, # Whether it counts something
 ): # The same as a plain int (`whole`) or float
     "A number that is finite and within its bounds, or one line that names the setting"
     v = value.item() if hasattr(value, 'item') and getattr(value, 'ndim', None)==0 else value
@@ -318,7 +319,8 @@ def batch_stream(
     )
     if single or not hasattr(batches, '__iter__'):
         raise ValueError(
-            f'{name} must be an iterator, a list or a DataLoader of batches, got one {type(batches).__name__}; '
+            f'{name} must be an iterator, a list or a DataLoader of batches, got one '
+            f'{type(batches).__name__}; '
             'itertools.repeat(batch) gives the same batch again and again'
         )
     n = 0
@@ -360,7 +362,8 @@ def check_torch(
         )
     if not torch.is_grad_enabled():
         raise ValueError(
-            'gradients are switched off: train outside of torch.no_grad() and torch.inference_mode()'
+            'gradients are switched off: train outside of torch.no_grad() and '
+            'torch.inference_mode()'
         )
     for kind in ('cpu', 'cuda'):
         if torch.is_autocast_enabled(kind):
@@ -377,14 +380,15 @@ def plain_torch(
     "Inside, PyTorch's global settings are those of its start; after, they are what they were"
     was,device = torch_settings(),torch.get_default_device()
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    def put(dtype, where, deterministic, warn, precision, flags):
+    def put(dtype, where, precision, flags, *, deterministic, warn):
         torch.set_default_dtype(dtype)
         torch.set_default_device(where)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn)
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark = flags
     flags = (exact and was['cudnn_deterministic'], False)
-    put(torch.float32, None, exact and was['deterministic'], exact and only_warn, 'highest', flags)
+    strict = dict(deterministic=exact and was['deterministic'], warn=exact and only_warn)
+    put(torch.float32, None, 'highest', flags, **strict)
     try:
         with (
             torch.autocast('cpu', enabled=False),
@@ -398,8 +402,8 @@ def plain_torch(
         put(
             getattr(torch, was['default_dtype']),
             None if device.type == 'cpu' else device,
-            was['deterministic'],
-            only_warn,
             was['matmul_precision'],
             flags,
+            deterministic=was['deterministic'],
+            warn=only_warn,
         )

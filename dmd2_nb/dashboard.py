@@ -63,7 +63,7 @@ class Dashboard:
         file=None,       # HTML file to keep; it reloads itself every 5 seconds and is written no more often
         title='DMD2',    # Above the page
         loggers=(),      # Anything with `add(row)`: a `CsvLog`, `TensorBoardLog`, `WandbLog`
-        every=0.5,       # Seconds between two drawings at least
+        *, every=0.5,       # Seconds between two drawings at least
         share=0.003,     # Of the time for drawing, and as much again for samples and for the file
         log_every=10,    # Iterations a row of `watch`
         panels=PANELS,   # What may be drawn, in order
@@ -183,20 +183,20 @@ class Dashboard:
         left = gone/(self.step-self.start)*(self.total-self.step) if self.step>self.start else None
         state = ('finished' if self.step>=self.total else 'stopped') if self.done else 'running'
         head = (
-            f'<b>{html.escape(self.title)}</b> · {state} · step {self.step} of {self.total} · {clock(gone)} gone'
+            f'<b>{html.escape(self.title)}</b> · {state} · step {self.step} of {self.total} · '
+            f'{clock(gone)} gone'
             + (f' · {clock(left)} left' if left and not self.done else '')
         )
-        head += f'<div class="b"><i style="width:{100 * self.step / max(self.total, 1):.1f}%"></i></div>'
+        width = 100*self.step/max(self.total, 1)
+        head += f'<div class="b"><i style="width:{width:.1f}%"></i></div>'
         plots = ''.join(
             f'<figure>{svg_plot(p, d, self.total)}<br>{legend(d)}</figure>'
             for p, d in present(self.rows, self.panels)
         )
         points = self.x is not None and self.x.ndim==2
-        shown = (
-            ''
-            if self.x is None
-            else f'<figure>{svg_points(self.x, self.reference) if points else img(self.x, self.ncols)}</figure>'
-        )
+        shown = ''
+        if points: shown = f'<figure>{svg_points(self.x, self.reference)}</figure>'
+        elif self.x is not None: shown = f'<figure>{img(self.x, self.ncols)}</figure>'
         cost = gone > 20 or self.done
         watched = f'watching took {100*self.cost:.1f} % of the time' if cost else ''
         return (
@@ -209,7 +209,8 @@ class Dashboard:
         again = '' if self.done else '<meta http-equiv="refresh" content="5">'
         return (
             '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width">{again}<title>{html.escape(self.title)}</title><body>{self.html()}</body></html>'
+            f'content="width=device-width">{again}<title>{html.escape(self.title)}</'
+            f'title><body>{self.html()}</body></html>'
         )
 
     def _draw(self, last=False):

@@ -70,7 +70,8 @@ class EDMPrecond(nn.Module):
 
     def sample_sigma(self, n, lo=0, hi=999, generator=None, device=None):
         "Levels from bins of this denoiser's range"
-        return bin_sigmas(n, lo, hi, generator, device, self.sigma_min, self.sigma_max)
+        ends = dict(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        return bin_sigmas(n, lo, hi, generator, device, **ends)
 
 # %% ../nbs/05_denoiser.ipynb #12d2d506
 def dsm_errors(

@@ -66,7 +66,7 @@ class DMD2Config:
     warmup_fake:int=0         # Iterations of the critic alone, at the start and before the GAN begins [code: none]
     gan_start:int=0           # Generator updates before the GAN is on; it wants samples that are nearly right [F.2]
     ema_halflife:float=200.   # Half-life of the generator's average, in its updates; 0 is none [ours; paper: none]
-    dtype:str='auto'          # In networks: 'auto', 'float32', 'bfloat16', 'float16'; lower is faster [ours; code: bf16]
+    dtype:str='auto'          # In networks: 'auto', 'float32', 'bfloat16', 'float16'; low is faster [ours; code: bf16]
     seed:int=10               # Names all random streams of the run [code]
 
     def __post_init__(self):
@@ -75,7 +75,8 @@ class DMD2Config:
         (lo,hi),(least,most) = self.dm_bins,self.fake_bins
         if self.w_dm and not least<=lo<=hi<=most:
             raise ValueError(
-                f'dm_bins {lo}, {hi} reach outside of fake_bins {least}, {most}: there the critic learns nothing'
+                f'dm_bins {lo}, {hi} reach outside of fake_bins {least}, {most}: there the critic '
+                f'learns nothing'
             )
     @property
     def gan(self): return self.gan_g>0 or self.gan_d>0
@@ -375,7 +376,7 @@ class DMD2:
             with self.world.syncs(self.G):
                 with self.cast():
                     log['reg_loss'] = regression_loss(self.G, z.to(x), target.to(x), self.sigmas[0],
-                                                      pair_cond, self.pairs.distance)
+                                                      pair_cond, distance=self.pairs.distance)
                 self.scaler_g.scale(c.w_reg*log['reg_loss']).backward()
         log |= {f'grad_{k}': g.norm() for k,g in grads.items()}
         if len(grads)==2:

@@ -67,7 +67,7 @@ def draw(
     conds,          # Condition of each sample, a tree with n rows; an integer n where there is none
     seed:int=0,     # Names the random draws
     batch=None,     # Samples at a time; 250 on a CPU, 1000 elsewhere
-    device='cpu',   # Where it works
+    *, device='cpu', # Where it works
     progress=None,  # Wraps the iteration over batches
 )->Tensor: # Bytes, (n, *shape), on the CPU
     "Samples in batches, as bytes"
@@ -284,7 +284,7 @@ def teacher_samples(
     weights,       # Its file; its checksum names the samples
     sampler:dict,  # steps, S_churn ...
     seed:int=0,    # Names the random draws
-    cache=None,    # File to look into first
+    *, cache=None,    # File to look into first
     **kwargs,      # For `draw`
 )->Tensor: # Bytes, (n, *shape)
     "The teacher's samples: from the cache where they are there, else drawn"

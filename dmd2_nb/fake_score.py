@@ -50,7 +50,7 @@ def tracking_error(
     sigma:Tensor,   # Noise levels, (n,)
     cond=None,      # Condition of each sample
     noise=None,     # Unit noise like `x`
-    exact=None,     # Denoiser to compare with; the empirical one of `x` when absent
+    *, exact=None,     # Denoiser to compare with; the empirical one of `x` when absent
 )->Tensor: # Mean squared distance between the two estimates in units of sigma, ()
     "How far the fake score lags behind the generator"
     noisy = add_noise(x, sigma, noise)

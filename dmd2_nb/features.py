@@ -155,7 +155,10 @@ def lite0(
     return Features(net.to(device), 'lite0' if size==128 else f'lite0@{size}', 3, batch)
 
 # %% ../nbs/24_features.ipynb #15498563
-INCEPTION_URL = 'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth'
+INCEPTION_URL = (
+    'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/'
+    'weights-inception-2015-12-05-6726825d.pth'
+)
 # of 95,628,359 bytes; pytorch-fid's file is the same under another name
 INCEPTION_SHA256 = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2'
 
@@ -196,7 +199,7 @@ def fetched(
     size:str,      # How large, for messages
     path=None,     # Local file; the caches when absent
     download=False,# May it be fetched?
-    start='',      # First digits of its sha256
+    *, start='',      # First digits of its sha256
     also='',       # Name that another package gives to the same file
 )->Path: # Local file
     "A file that exists, or a message that says how to get it"
@@ -224,7 +227,8 @@ def fetched(
         )
     except (OSError, RuntimeError) as e:
         raise OSError(
-            f'{url} ({size}) cannot be fetched ({str(e) or type(e).__name__}): fetch it elsewhere and give its path'
+            f'{url} ({size}) cannot be fetched ({str(e) or type(e).__name__}): fetch it elsewhere '
+            f'and give its path'
         ) from None
     return known[0]
 
@@ -243,8 +247,8 @@ def inception(
         '96 MB',
         path,
         download,
-        INCEPTION_SHA256,
-        'pt_inception-2015-12-05-6726825d.pth',
+        start=INCEPTION_SHA256,
+        also='pt_inception-2015-12-05-6726825d.pth',
     )
     net = InceptionNet(read_state_dict(path), path, layer)
     if sha256(path)!=INCEPTION_SHA256:
@@ -268,7 +272,7 @@ class ViTNet(nn.Module):
         read,       # What to read of its output
         size,       # Side that it takes
         resize=None, # Side to resize to first
-        mean=CLIP_MEAN, std=CLIP_STD, # Mean and spread of the colours that it expects
+        mean=CLIP_MEAN, *, std=CLIP_STD, # Mean and spread of the colours that it expects
     ):
         super().__init__()
         self.model,self.read,self.size,self.resize = model,read,size,resize or size
@@ -369,7 +373,12 @@ def dinov2(
     Dinov2Model, = _transformers('Dinov2Model')
     model = _pretrained(Dinov2Model, source, '1.2 GB', download)
     net = ViTNet(
-        model, lambda m, x: m(pixel_values=x).pooler_output, 224, 256, IMAGENET_MEAN, IMAGENET_STD
+        model,
+        lambda m, x: m(pixel_values=x).pooler_output,
+        224,
+        256,
+        IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
     return Features(net.to(device), f'dinov2:{Path(source).name}', 3, batch)
 

@@ -77,7 +77,8 @@ class Stats:
         a = read_npz(path, ('mu', 'sigma', 'n', 'features'))
         if missing := [k for k in ('mu', 'sigma') if k not in a]:
             raise ValueError(
-                f"{path}: has no {' and no '.join(missing)}, only {', '.join(npz_names(path)) or 'nothing'}"
+                f"{path}: has no {' and no '.join(missing)}, only "
+                f"{', '.join(npz_names(path)) or 'nothing'}"
             )
         mu,cov = (torch.from_numpy(np.asarray(a[k], dtype='float64')) for k in ('mu', 'sigma'))
         if mu.ndim!=1 or cov.shape!=(len(mu),)*2:
@@ -140,7 +141,8 @@ def fid(
     "Fréchet Inception distance"
     if features.name!='inception':
         raise ValueError(
-            f"FID is defined on Inception features; with '{features.name}' call `frechet_of`, and call it that"
+            f"FID is defined on Inception features; with '{features.name}' call `frechet_of`, and "
+            f"call it that"
         )
     return frechet_of(a, b, features)
 
@@ -321,7 +323,7 @@ def lpips(
         raise ImportError(
             "lpips needs the package torchmetrics: pip install 'dmd2_nb[eval]'"
         ) from None
-    path = fetched(VGG_URL, 'lpips', '553 MB', path, download, '397923af')
+    path = fetched(VGG_URL, 'lpips', '553 MB', path, download, start='397923af')
     net,sd = _LPIPS(pretrained=True, net='vgg', pnet_rand=True),read_state_dict(path)
     for name,p in net.net.named_parameters():  # sliceK.LAYER.weight is features.LAYER.weight
         key = 'features.'+name.split('.', 1)[1]

@@ -167,7 +167,7 @@ def batches(
     seed:int=0,   # Which order
     start:int=0,  # First draw
     device='cpu', # Where batches are wanted; a GPU keeps the whole set when it is small enough
-    flip=False,   # Mirror half of the images
+    *, flip=False,   # Mirror half of the images
 ): # Yields (x, cond)
     "`image_batches`, from the device's own memory where it has one"
     device = torch.device(device)

@@ -60,7 +60,7 @@ def noisy_logits(
     x:Tensor,     # Real or generated samples, (b, *dims)
     sigma:Tensor, # Noise levels, (b,)
     cond=None,    # Condition of each sample
-    noise=None,   # Unit noise like `x`; drawn when absent
+    *, noise=None,   # Unit noise like `x`; drawn when absent
 )->Tensor: # Logits, (b, 1)
     "What the discriminator thinks of samples at a noise level"
     return head(fake.encode(add_noise(x, sigma, noise), sigma, cond))

@@ -109,7 +109,9 @@ class ComparisonGrid:
         )
         return (
             '<!doctype html><meta '
-            f'charset="utf-8"><title>{e(self.title)}</title><style>{style}</style><h1>{e(self.title)}</h1><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{e(self.note)}</p>'
+            f'charset="utf-8"><title>{e(self.title)}</title><style>{style}</'
+            f'style><h1>{e(self.title)}</h1><table><thead><tr>{head}</tr></thead><tbody>{body}</'
+            f'tbody></table><p>{e(self.note)}</p>'
         )
 
     def save(self,

@@ -75,7 +75,8 @@ def check_weights(
 
 # %% ../nbs/43_guards.ipynb #c1b6d00a
 WATCHED = tuple(
-    'dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss norm_g norm_fake x_mean x_std d_real d_fake'.split()
+    'dmd_loss fake_loss gan_g_loss gan_d_loss reg_loss norm_g norm_fake '
+    'x_mean x_std d_real d_fake'.split()
 )
 
 def _mean(cols, k): return sum(cols[k])/len(cols[k]) if k in cols else None
@@ -89,7 +90,7 @@ class Guard:
         limits=Limits(), # What is still healthy
         every:int=10,    # Iterations between two looks at the log; every fifth one is also at all weights
         n:int=128,       # Fresh samples, at most a batch
-        apart:int=30,    # Iterations between two looks at the critic; a multiple of `every`
+        *, apart:int=30,    # Iterations between two looks at the critic; a multiple of `every`
         alone=True,      # Whether this process has the whole networks; else only the log is looked at
     ):
         self.dmd, self.ref, self.limits, self.every, self.n, self.apart, self.alone = (
@@ -398,7 +399,7 @@ def guarded(
     folder,          # Of the run
     rollback=False,  # Go back after an alarm; else it ends the run
     found=list,      # Gives the checkpoint folders there are
-    load=None,       # `load(folder)` puts the run back, and returns what was kept with the checkpoint
+    *, load=None,       # `load(folder)` puts the run back, and returns what was kept with the checkpoint
     save=None,       # `save(**kept)` writes a checkpoint
     kept=None,       # What was kept with the checkpoint that the run began with; changed in place
     batch=None,      # `batch(step)` gives what iteration `step` trained on
@@ -426,7 +427,8 @@ def guarded(
                 raise Alarm(
                     a.name,
                     a.step,
-                    f"{a.text}; {f'gone back {tries} times already' if p else 'no checkpoint to go back to'}",
+                    f"{a.text}; "
+                    f"{f'gone back {tries} times already' if p else 'no checkpoint to go back to'}",
                 ) from None
             kept.clear()
             kept.update(load(p), rollbacks=n)

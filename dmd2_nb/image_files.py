@@ -7,7 +7,8 @@ __all__ = ['ImageFiles', 'ImageLMDB', 'ImageZip', 'center_crop', 'center_patch',
            'prepare']
 
 # %% ../nbs/20b_image_files.ipynb #04dc0bf4
-from .system.image_files import (ImageLMDB, ImageZip, center_crop, folder_images,
+from .system.image_files import (ImageFiles, ImageLMDB, ImageZip,  # noqa: F401 handed on
+                                        center_crop, center_patch, folder_images,  # noqa: F401
                                         image_tensor, open_image, prepare)
 
 _all_ = ['ImageFiles', 'ImageLMDB', 'ImageZip', 'center_crop', 'center_patch',

@@ -218,7 +218,7 @@ def distill_imagenet64(
     out='runs',         # Folder of all runs
     run:str='scratch',  # As for `imagenet64_config`
     recipe:str='paper', # 'paper' or 'fastgen'
-    begin=None,         # For 'resume': the earlier run's folder with the state kept, or a folder of DMD2
+    *, begin=None,         # For 'resume': the earlier run's folder with the state kept, or a folder of DMD2
     reference=None,     # Statistics of the real images, EDM's imagenet-64x64.npz; computed when absent
     say=print,          # Where messages go
     **changes,          # Fields of `Recipe` or `DMD2Config`, arguments of `distill_job`

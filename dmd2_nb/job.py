@@ -117,7 +117,8 @@ def open_teacher(
     if ours and path is None: _check_names(data, _known_classes(r), file)
     if tuple(D.shape)!=data.shape:
         raise ValueError(
-            f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has {'x'.join(map(str, data.shape))}"
+            f"{file} makes samples of {'x'.join(map(str, D.shape))}, {data.name} has "
+            f"{'x'.join(map(str, data.shape))}"
         )
     if D.model.label_dim!=data.label_dim:
         raise ValueError(
@@ -193,8 +194,8 @@ class Job:
         at = int(min(run.before, self.iters)*(1-self.decay))
         late = f'; those from there to {done} were done by the old one' if done>at else ''
         self.tell(
-            f'{run.folder}: the learning rate falls for {self.iters} {unit}s now instead of {run.before}, '
-            f'which differs from {unit} {at} on{late}'
+            f'{run.folder}: the learning rate falls for {self.iters} {unit}s now instead of '
+            f'{run.before}, which differs from {unit} {at} on{late}'
         )
 
 # %% ../nbs/26c_job.ipynb #c9c62c0f

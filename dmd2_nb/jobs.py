@@ -72,7 +72,8 @@ def open_model(
         )
         if p is None:
             raise FileNotFoundError(
-                f'{source} has neither generator.safetensors nor teacher.safetensors: not a finished run'
+                f'{source} has neither generator.safetensors nor teacher.safetensors: not a '
+                f'finished run'
             )
     elif not p.exists() and len(p.parts)==1 and not p.suffix:
         p = data_path(f'weights/{source}.safetensors')
@@ -132,7 +133,7 @@ class DistillJob(Job):
         conds = mine(cond_batches(data, cfg.batch, stream_seed(cfg.seed, 'conds'), at, device))
         if not cfg.gan and cfg.rollout=='sim': return conds,None
         reals = batches(
-            data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, self.recipe.flip
+            data, cfg.batch, stream_seed(cfg.seed, 'reals'), at, device, flip=self.recipe.flip
         )
         return conds, mine(reals)
 
@@ -299,10 +300,10 @@ def watch(
         run.folder,
         job.guard == 'rollback',
         lambda: steps(root),
-        lambda p: load(dmd, p),
-        lambda **more: write(dmd.step, **more),
-        kept,
-        batch,
+        load=lambda p: load(dmd, p),
+        save=lambda **more: write(dmd.step, **more),
+        kept=kept,
+        batch=batch,
     )
 
 # %% ../nbs/26a_jobs.ipynb #ca536ea5

@@ -34,7 +34,8 @@ def launch(
         )
         script = Path(d)/'run.py'
         script.write_text(
-            f"{code}\n\nif __name__=='__main__':\n    import json\n    from dmd2_nb.launch import _start\n"
+            f"{code}\n\nif __name__=='__main__':\n    import json\n    from dmd2_nb.launch import "
+            f"_start\n"
             f'    _start({f.__name__}, {n}, {d!r}, *json.loads({json.dumps([args, kwargs])!r}))\n',
             encoding='utf-8',
         )

@@ -45,7 +45,10 @@ class CsvLog:
             if r.get(self.columns[0], start + 1) <= start
         ]
         if mark and not why and not self._fits(keep, mark):
-            why = f"holds {len(keep)} rows up to {self.columns[0]} {start}, not the {mark['rows']} that were written"
+            why = (
+                f'holds {len(keep)} rows up to {self.columns[0]} {start}, '
+                f"not the {mark['rows']} that were written"
+            )
         there = self.path.exists()
         if why and (there or mark and mark['rows']):
             aside = f': put aside as {put_aside(self.path).name}' if there else ''

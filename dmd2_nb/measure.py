@@ -239,8 +239,9 @@ def measure(
     write(rows)
     if say:
         say(
-            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\nagainst "
-            f"{f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, {ref.see.name} "
+            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\n"
+            f"against {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, "
+            f"{ref.see.name} "
             "features; ± is one standard error (jackknife)"
         )
     return about | dict(rows=rows)

@@ -160,7 +160,7 @@ class UNet(nn.Module):
         label_dim:int=0,           # Classes or columns of the condition, 0 for none
         channels:tuple=(32,64,64), # Width at each resolution
         blocks:int=1,              # Blocks at each resolution
-        attn:bool=True,            # Self-attention at the lowest resolution
+        *, attn:bool=True,            # Self-attention at the lowest resolution
         emb:int=128,               # Size of the embedding
         dropout:float=0.,          # Share of features dropped in training
     ):

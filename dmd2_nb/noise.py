@@ -103,7 +103,7 @@ def sample_sigma(
     lo:int=0,       # Lowest bin of 1000
     hi:int=999,     # Highest bin, inclusive
     generator=None, # `torch.Generator` to draw with
-    device=None,    # Where it comes to lie
+    *, device=None,    # Where it comes to lie
 )->Tensor: # Levels, (n,)
     "Levels drawn evenly from the denoiser's bins `lo..hi`, or from EDM's 1000"
     if not 0<=lo<=hi<=999:
@@ -122,7 +122,7 @@ def bin_sigmas(
     hi:int=999,     # Highest bin, inclusive
     generator=None, # `torch.Generator` to draw with
     device=None,           # Where it comes to lie
-    sigma_min:float=0.002, # Level of bin 0
+    *, sigma_min:float=0.002, # Level of bin 0
     sigma_max:float=80.,   # Level of bin 999
 )->Tensor: # Levels, (n,)
     "Levels drawn evenly from bins `lo..hi` of 1000 rising Karras levels"

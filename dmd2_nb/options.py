@@ -32,8 +32,8 @@ SAMPLE_EXAMPLES = """examples:
 EVALUATE_EXAMPLES = """examples:
   dmd2_evaluate pets-1                         against the images of that run
   dmd2_evaluate runs/pets-1 fashion16_1step --data fashion16
-of kernel distance (kid), Fréchet distance and their kin less is better, of precision and recall more;
-a kid below zero means no difference that so many images could show"""
+of kernel distance (kid), Fréchet distance and their kin less is better, of precision and
+recall more; a kid below zero means no difference that so many images could show"""
 
 
 # %% ../nbs/90c_options.ipynb #16db095e

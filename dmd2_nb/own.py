@@ -60,8 +60,8 @@ def said_of(
     return (
         f'{data.name}: {len(data):,} {colour} images of {size}, '
         f'{kinds}\n'
-        f"chosen for them: {r.net['net']} of {n:,} weights; teacher {r.teacher['steps']:,} updates of "
-        f"{r.teacher['batch']}; student {r.iters:,} iterations of {r.config.batch}, level "
+        f"chosen for them: {r.net['net']} of {n:,} weights; teacher {r.teacher['steps']:,} updates "
+        f"of {r.teacher['batch']}; student {r.iters:,} iterations of {r.config.batch}, level "
         f'{levels}; judged with {r.features} on {r.n_eval:,} samples'
     )
 

@@ -112,7 +112,8 @@ def svg_plot(
     y = lambda v: top+high*(1-(y_of(v)-lo)/(hi-lo))
     text = lambda px,py,t,more='': f'<text x="{px:.0f}" y="{py:.0f}" {more}>{html.escape(t)}</text>'
     out = [
-        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" aria-label="{html.escape(panel.title)}">',
+        f'<svg viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" '
+        f'aria-label="{html.escape(panel.title)}">',
         text(2, 13, panel.title, 'class="t"'),
         f'<rect x="{left}" y="{top}" width="{wide}" height="{high}" fill="none" stroke="#ccc"/>',
     ]
@@ -123,7 +124,7 @@ def svg_plot(
     for p,at in ((hi, top+9), (lo, top+high)):
         out.append(text(left-4, at, f'{10**p if log else p:.3g}', 'text-anchor="end"'))
     out += [text(left, h-6, f'{first:g}'), text(left+wide, h-6, f'{last:g}', 'text-anchor="end"')]
-    for (k,s),c in zip(data.items(), COLORS):
+    for (_k,s),c in zip(data.items(), COLORS):
         path = ' '.join(f'{x(a):.1f},{y(b):.1f}' for a,b in s)
         out.append(
             f'<polyline points="{path}" fill="none" stroke="{c}" stroke-width="1.4"/>'

@@ -44,7 +44,7 @@ def traffic(
     ranks:int,    # Processes that share the work
     shards:int=1, # Ranks that share one copy: 1 is copies, `ranks` is FSDP2, between them hybrid
     accum:int=1,  # Pieces of a rank's batch
-    weight:int=2, # Bytes of a parameter on its way (bf16)
+    *, weight:int=2, # Bytes of a parameter on its way (bf16)
     grad:int=4,   # Bytes of a gradient on its way (float32)
 )->Traffic:
     "What an iteration of DMD2 sends"
@@ -106,7 +106,7 @@ def held(
     samples:int,       # In one pass
     shards:int=1,      # Ranks that share one copy; 1 is copies
     casts:float=0.,    # Copies: bytes of half-precision copies during a pass
-    whole:float=0.,    # Sharded: bytes of the layers that are whole at the moment
+    *, whole:float=0.,    # Sharded: bytes of the layers that are whole at the moment
 )->float: # Bytes on one card
     "What one rank holds at its peak"
     return sum(rest.values())/shards + activations*samples + (casts if shards==1 else whole)

@@ -206,7 +206,8 @@ class ManyProcesses(OneProcess):
         self.same = self.same+1 if conds[0][1] and all(c==conds[0] for c in conds) else 0
         if self.same>2:
             raise RuntimeError(
-                'the conditions were the same on all ranks three times in a row: give each rank its own rows'
+                'the conditions were the same on all ranks three times in a row: give each rank '
+                'its own rows'
             )
 
 # %% ../nbs/36a_parallel_run.ipynb #bd2052cb
@@ -309,7 +310,8 @@ def load_parallel(
     def read():
         if not (folder/'state.json').is_file():
             raise FileNotFoundError(
-                f'{folder / "state.json"} is missing: not a checkpoint, or not on a disk that all ranks see'
+                f'{folder / "state.json"} is missing: not a checkpoint, or not on a disk that all '
+                f'ranks see'
             )
         state,sums = read_state(folder)
         check_run(dmd, state, folder)

@@ -81,7 +81,7 @@ def show_field(
     ax=None,      # Axes to draw on
     lim=3.,       # Show [-lim, lim] on both axes
     arrows=15,    # Arrows along each side; 0 for none
-    pixels=120,   # Resolution of the density
+    *, pixels=120,   # Resolution of the density
     cond=None,    # Passed on to a denoiser, repeated for each point
     color='w',    # Of the arrows
     title=None,   # Above the axes
@@ -155,7 +155,7 @@ def show_images(
     ncols:int=8,   # Images in a row
     rows=None,     # One text per row, written at its left
     ax=None,       # Axes to draw on
-    size=0.8,      # Width of one image in inches
+    *, size=0.8,      # Width of one image in inches
     title=None,    # Above the axes
 ): # Axes
     "Images in a grid"
@@ -208,7 +208,7 @@ def show_losses(
     smooth:int=0,  # Half-life of a moving average drawn over the raw curve, in entries
     ncols:int=4,   # Plots in a row
     ax=None,       # Draw all on these axes instead
-    log_scale=False, # Logarithmic y axis
+    *, log_scale=False, # Logarithmic y axis
 ): # Axes, a flat array (or `ax`)
     "One small plot per logged quantity"
     cols = log_columns(logs)

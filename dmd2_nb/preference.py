@@ -71,7 +71,7 @@ class PairVote:
         file,          # CSV that the votes go to
         voter='me',    # Who votes; each pair once
         against=None,  # Model that all others are compared with; the first one when absent
-        votes:int=5,   # Wanted on each pair, by different people
+        *, votes:int=5,   # Wanted on each pair, by different people
         seed:int=0,    # Of orders and sides
     ):
         self.images, self.prompts, self.file, self.voter, self.seed = (

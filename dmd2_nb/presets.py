@@ -196,7 +196,7 @@ def open_pipeline(
     unet=None,          # Local file of the distilled U-Net, or folder of a diffusers one
     device='cpu',       # Where it works
     dtype=torch.float16, # Of the weights
-    download=False,     # May what is missing be fetched (about 7 GB for SDXL, 5 GB for each U-Net)?
+    *, download=False,     # May what is missing be fetched (about 7 GB for SDXL, 5 GB for each U-Net)?
 ): # Pipeline with the preset's network and scheduler
     "The whole model of a preset"
     from diffusers import DiffusionPipeline, UNet2DConditionModel

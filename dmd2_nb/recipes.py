@@ -101,7 +101,8 @@ def config_levels(
         try: return tuple(float(s) for s in levels.split(','))
         except ValueError:
             raise ValueError(
-                f"--levels '{levels}': expected falling numbers with commas between, such as 80,5,1.2,0.35"
+                f"--levels '{levels}': expected falling numbers with commas between, such as 80,5,"
+                f"1.2,0.35"
             ) from None
     if steps in (None, 1): return None
     if steps==4: return FOUR_STEPS
@@ -148,7 +149,7 @@ class Recipe:
                 check_number(f'{name}{part} {k}', v, 0, 10**9, whole=True)
         for part,limits in (('teacher', TEACHER_LIMITS), ('sampler', SAMPLER_LIMITS)):
             for k,v in getattr(self, part).items():
-                if k in limits: check_number(f'{name}{part} {k}', v, *limits[k])
+                if k in limits: check_number(f'{name}{part} {k}', v, **limits[k])
         if 'dtype' in self.teacher: compute_dtype(self.teacher['dtype'], 'cpu')
         for n in self.teacher.get('groups') or ():
             check_number(f'{name}teacher groups', n, 1, 10**6, whole=True)
@@ -164,14 +165,18 @@ class Recipe:
 # %% ../nbs/14b_recipes.ipynb #14b5a001
 # least, most, bound to exceed, whether it is a whole number
 TEACHER_LIMITS = dict(
-    steps=(1, 10**9, None, True),
-    batch=(1, 10**7, None, True),
-    lr=(None, 1, 0),
-    halflife=(0, 10**9),
-    label_dropout=(0, 1),
-    decay=(0, 1),
+    steps=dict(least=1, most=10**9, whole=True),
+    batch=dict(least=1, most=10**7, whole=True),
+    lr=dict(above=0, most=1),
+    halflife=dict(least=0, most=10**9),
+    label_dropout=dict(least=0, most=1),
+    decay=dict(least=0, most=1),
 )
-SAMPLER_LIMITS = dict(steps=(1, 10**6, None, True), S_churn=(0, 10**6), S_noise=(0, 10**6))
+SAMPLER_LIMITS = dict(
+    steps=dict(least=1, most=10**6, whole=True),
+    S_churn=dict(least=0, most=10**6),
+    S_noise=dict(least=0, most=10**6),
+)
 
 # %% ../nbs/14b_recipes.ipynb #ebc4794c
 RECIPES = {
@@ -308,7 +313,8 @@ def recipe_for(
     channels,side,_ = data.shape
     if data.shape[1]!=data.shape[2] or side%4 or side<8:
         raise ValueError(
-            f"{data.name}: images are {'x'.join(map(str, data.shape))}; a side of 16, 32 or 64 pixels "
+            f"{data.name}: images are {'x'.join(map(str, data.shape))}; a side of 16, 32 or 64 "
+            f"pixels "
             'is trained well (dmd2_prepare FOLDER OUT.zip --size 32)'
         )
     spread = round((data.images[:5000].float()/127.5-1).std().item(), 2)

@@ -34,10 +34,9 @@ def command(
             except KeyboardInterrupt as e:
                 if 'DMD2_NB_LAUNCHED' in os.environ: raise  # one of several, which have one voice
                 # a training says what it has saved; whatever else was stopped had saved nothing new
-                text = f'{e}; the same command goes on from the last checkpoint' if 'is saved' in str(e) else (
-                    f'{str(e) or "stopped"}; the same command begins again, or goes on from the last '
-                    'checkpoint where there is one'
-                )
+                text = f'{str(e) or "stopped"}; the same command '
+                if 'is saved' in str(e): text += 'goes on from the last checkpoint'
+                else: text += 'begins again, or goes on from the last checkpoint where there is one'
                 if os.environ.get('RANK', '0')=='0': print(f'\n{name}: {text}', file=sys.stderr)
                 return getattr(e, 'code', 130)
             except Exception as e:
@@ -96,7 +95,8 @@ class Parser(argparse.ArgumentParser):
         known = [o for o in self._option_string_actions if o.startswith('--')]
         wrong = [w for w in re.findall(r'(?<!\S)--[\w-]+', message) if w not in known]
         near = get_close_matches(wrong[0], known, 1, 0.5) if wrong else []
-        raise ValueError(f'{message}{f"; did you mean {near[0]}?" if near else ""}; --help tells more')
+        raise ValueError(f'{message}{f"; did you mean {near[0]}?" if near else ""}; --help tells '
+                         f'more')
 
 def near(
     word,  # What was given

@@ -23,7 +23,7 @@ class TeacherPairs:
         n:int,           # How many pairs
         shape:tuple,     # Of a sample, without batch
         conds=None,      # Conditions of the pairs, a tree with n rows
-        seed:int=0,      # Pair `i` depends on seed and batch only
+        *, seed:int=0,      # Pair `i` depends on seed and batch only
         batch:int=1024,  # Noises sent through the teacher at once
         device='cpu',    # Where it works
         distance=None,   # What the loss compares with, as for `regression_loss`
@@ -57,7 +57,7 @@ def regression_loss(
     x:Tensor,     # The teacher's samples from it
     sigma:Tensor, # The generator's first level, () or (b,)
     cond=None,    # Condition of each pair
-    distance=None,# `distance(a, b) -> ()`; mean squared error when absent
+    *, distance=None,# `distance(a, b) -> ()`; mean squared error when absent
 )->Tensor: # ()
     "The first DMD's regression loss (DMD2, section 3)"
     z = at_least_float32(z)

@@ -206,8 +206,8 @@ class _Found:
         n = self.asked.iters
         if n is None or self.done is None or n>=self.done: return
         raise ValueError(
-            f'{self.folder} is at iteration {self.done} already, {n} were asked for: nothing is changed; '
-            f'ask for {self.done} or more, or choose another --name'
+            f'{self.folder} is at iteration {self.done} already, {n} were asked for: nothing is '
+            f'changed; ask for {self.done} or more, or choose another --name'
         )
 
     def check_files(self):
@@ -215,7 +215,8 @@ class _Found:
         if not self.moved: return
         what = ', '.join(str(self.asked.paths[k]) for k in self.moved)
         raise ValueError(
-            f'{self.folder} is unfinished and was begun with other contents of {what} ({_few(self.differ)}): '
+            f'{self.folder} is unfinished and was begun with other contents of {what} '
+            f'({_few(self.differ)}): '
             'put back what was there, choose another --name, or say --overwrite to start it anew'
         )
 

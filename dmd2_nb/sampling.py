@@ -22,7 +22,7 @@ def heun_states(
     sigmas:Tensor,    # Falling levels, (n,); a last step to 0 is added
     cond=None,        # Passed to `D`
     S_churn:float=0., # The rest as for `heun_sample`
-    S_min:float=0.,   # Lowest level at which noise is added
+    *, S_min:float=0.,   # Lowest level at which noise is added
     S_max:float=inf,  # Highest level at which noise is added
     S_noise:float=1., # Size of the fresh noise
     generator=None,   # `torch.Generator` of the fresh noise
@@ -58,13 +58,14 @@ def heun_sample(
     sigmas:Tensor,    # Falling levels, (n,); a last step to 0 is added
     cond=None,        # Passed to `D`
     S_churn:float=0., # Fresh noise over the whole path; 0 is the deterministic ODE
-    S_min:float=0.,   # Levels between which noise is added
+    *, S_min:float=0.,   # Levels between which noise is added
     S_max:float=inf,  # Highest of these levels
     S_noise:float=1., # Size of the fresh noise
     generator=None,   # `torch.Generator` of the fresh noise
 )->Tensor: # Samples, like `z`
     "EDM's samplers: algorithm 1 without churn, algorithm 2 with it; 2n-1 evaluations"
-    for x,_ in heun_states(D, z, sigmas, cond, S_churn, S_min, S_max, S_noise, generator): pass
+    churn = dict(S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise)
+    for x,_ in heun_states(D, z, sigmas, cond, **churn, generator=generator): pass
     return x
 
 # %% ../nbs/06_sampling.ipynb #1dca679d
@@ -74,7 +75,7 @@ def few_step_states(
     sigmas:Tensor,  # Falling levels, (k,)
     cond=None,      # Passed to `G`
     generator=None, # `torch.Generator` of the noise between steps
-    noises=None,    # Or the unit noises themselves, an iterable
+    *, noises=None,    # Or the unit noises themselves, an iterable
 ): # Yields each input `x` and its level `sigma`, (b,)
     "What a few-step generator meets: noise, then its own samples noised again"
     sigmas = check_sigmas(sigmas)

@@ -101,7 +101,7 @@ def draw_pairs(
     above, below, # Two sets of bytes
     data,         # The `ImageData` that knows the names
     conds,        # Conditions
-    steps, levels, # Evaluations of each
+    *, steps, levels, # Evaluations of each
 ):
     "Teacher above, generator below, from the same noise and labels"
     n,names = _columns(data),_captions(data, conds)

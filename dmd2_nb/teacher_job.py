@@ -108,7 +108,7 @@ def watch_teacher(
     )
     if job.compile: D.model.compile()
     last = dict(back)
-    stream = batches(data, t['batch'], stream_seed(job.seed, 'reals'), start, device, r.flip)
+    stream = batches(data, t['batch'], stream_seed(job.seed, 'reals'), start, device, flip=r.flip)
     rate = falling_rate(t['lr'], t['steps'], t['decay'])
     def logs():
         for o in train_teacher(

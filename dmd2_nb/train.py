@@ -64,7 +64,8 @@ def _ready(dmd, steps, reals):
     check_torch(next(dmd.G.parameters()).dtype)
     if reals is None and dmd.cfg.gan_d:
         raise ValueError(
-            'the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to train'
+            'the GAN is on (gan_g or gan_d above 0) but no real batch was given: pass reals to '
+            'train'
         )
     if reals is None and dmd.cfg.rollout!='sim' and len(dmd.sigmas)>1:
         raise ValueError(f"rollout '{dmd.cfg.rollout}' needs real batches: pass reals to train")
@@ -86,7 +87,8 @@ def _check_batch(dmd, cond, real):
         )
     if tuple(x.shape[1:])!=tuple(dmd.shape) or not len(x):
         raise ValueError(
-            f'real samples have the shape {tuple(x.shape)}, the run takes (b, {str(tuple(dmd.shape))[1:]}'
+            f'real samples have the shape {tuple(x.shape)}, the run takes (b, '
+            f'{str(tuple(dmd.shape))[1:]}'
         )
     labels = cond_to(labels, dmd.device)
     if labels is not None and cond_len(labels)!=len(x):

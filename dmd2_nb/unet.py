@@ -80,7 +80,7 @@ class ADMUNet(EDMUNet):
         out_channels:int=3,             # Colours out
         label_dim:int=0,                # Classes, 0 for none
         augment_dim:int=0,              # Augmentation labels, 0 for none
-        model_channels:int=192,         # Width, times `channel_mult` at each resolution
+        *, model_channels:int=192,         # Width, times `channel_mult` at each resolution
         channel_mult=(1,2,3,4),         # Channels at each resolution, in units of `model_channels`
         channel_mult_emb:int=4,         # Size of the embedding, times the width
         num_blocks:int=3,               # Blocks at each resolution
@@ -162,13 +162,23 @@ class ADMUNet(EDMUNet):
 # %% ../nbs/21b_unet.ipynb #10edacb6
 class SongUNet(EDMUNet):
     "The DDPM++ and NCSN++ networks: EDM's CIFAR-10, FFHQ and AFHQv2 teachers; the defaults are DDPM++"
+    @staticmethod
+    def _checked(kw):
+        for k, ok in dict(
+            embedding_type='positional fourier',
+            encoder_type='standard skip residual',
+            decoder_type='standard skip',
+        ).items():
+            if kw[k] not in ok.split(): raise ValueError(f"{k} '{kw[k]}' is none of: {ok}")
+        return kw
+
     def __init__(self,
         img_resolution:int,             # Side in pixels
         in_channels:int=3,              # Colours in
         out_channels:int=3,             # Colours out
         label_dim:int=0,                # Classes, 0 for none
         augment_dim:int=0,              # Augmentation labels, 0 for none
-        model_channels:int=128,         # Width, times `channel_mult` at each resolution
+        *, model_channels:int=128,         # Width, times `channel_mult` at each resolution
         channel_mult=(1,2,2,2),         # Channels at each resolution, in units of `model_channels`
         channel_mult_emb:int=4,         # Size of the embedding, times the width
         num_blocks:int=4,               # Blocks at each resolution
@@ -183,19 +193,9 @@ class SongUNet(EDMUNet):
     ):
         kw = dict(locals())
         super().__init__()
-        for k, ok in dict(
-            embedding_type='positional fourier',
-            encoder_type='standard skip residual',
-            decoder_type='standard skip',
-        ).items():
-            if kw[k] not in ok.split(): raise ValueError(f"{k} '{kw[k]}' is none of: {ok}")
-        self._setup(kw)
-        m, k, noise, taps = (
-            model_channels,
-            self.emb_channels,
-            model_channels * channel_mult_noise,
-            tuple(resample_filter),
-        )
+        self._setup(self._checked(kw))
+        m,k,noise = model_channels,self.emb_channels,model_channels*channel_mult_noise
+        taps = tuple(resample_filter)
         init,zero,attn = (dict(law='xavier_uniform', scale=s) for s in (1., 1e-5, sqrt(0.2)))
         def block(cin, cout, heads=0, **kw):
             return Block(
@@ -222,8 +222,8 @@ class SongUNet(EDMUNet):
         if augment_dim: self.map_augment = Linear(augment_dim, noise, bias=False, **init)
         self.map_layer0,self.map_layer1 = Linear(noise, k, **init),Linear(k, k, **init)
         skips,c,aux,last = [],m,in_channels,len(channel_mult)-1
-        for i,mult in enumerate(channel_mult):
-            r = f'{img_resolution>>i}x{img_resolution>>i}'
+        names = [f'{img_resolution>>i}x{img_resolution>>i}' for i in range(last+1)]
+        for i,(r,mult) in enumerate(zip(names, channel_mult)):
             if not i: self.enc[f'{r}_conv'] = Conv(in_channels, c, 3, **init)
             else:
                 self.enc[f'{r}_down'] = block(c, c, down=True)
@@ -240,8 +240,7 @@ class SongUNet(EDMUNet):
                 self.enc[f'{r}_block{j}'] = block(c, m*mult, img_resolution>>i in attn_resolutions)
                 c = m*mult
                 skips.append(c)
-        for i,mult in reversed(list(enumerate(channel_mult))):
-            r = f'{img_resolution>>i}x{img_resolution>>i}'
+        for i,(r,mult) in reversed(list(enumerate(zip(names, channel_mult)))):
             if i==last: self.dec[f'{r}_in0'],self.dec[f'{r}_in1'] = block(c, c, 1),block(c, c)
             else: self.dec[f'{r}_up'] = block(c, c, up=True)
             for j in range(num_blocks+1):
@@ -251,11 +250,9 @@ class SongUNet(EDMUNet):
                     j == num_blocks and img_resolution >> i in attn_resolutions,
                 )
                 c = m*mult
+            if decoder_type=='skip' and i<last:
+                self.dec[f'{r}_aux_up'] = Conv(out_channels, out_channels, 0, up=True, taps=taps)
             if decoder_type=='skip' or not i:
-                if i<last and decoder_type=='skip':
-                    self.dec[f'{r}_aux_up'] = Conv(
-                        out_channels, out_channels, 0, up=True, taps=taps
-                    )
                 self.dec[f'{r}_aux_norm'], self.dec[f'{r}_aux_conv'] = (
                     GroupNorm(c, 1e-6),
                     Conv(c, out_channels, 3, **zero),

@@ -125,4 +125,6 @@ if __name__ == '__main__':
     step('lessons, from the installed wheel', lessons, '--n-workers', '2', '--timing')
     step('pages', run, 'python', 'docs/build.py')
     run('pytest', 'tests/test_long_run.py')  # measures time, so nothing runs beside it
-    run('pytest', 'tests', '-n', '2', '--dist', 'loadfile', '--ignore', 'tests/test_long_run.py')
+    # Two processes of one thread each: with more threads than cores they wait for one another
+    args = ['-n', '2', '--dist', 'loadfile', '--ignore', 'tests/test_long_run.py', '--durations=25']
+    run('pytest', 'tests', *args, OMP_NUM_THREADS='1')

@@ -156,7 +156,7 @@ def _nothing(text, source, what):
     raise ValueError(f'{source} holds only a LoRA of text encoders ({few(text)}), '
                      f'nothing for this {what}')
 
-def _refuse(finder, source, what, found, lost, others, strange):
+def _refuse(finder, source, what, found, lost, *, others, strange):
     "One error that names what would not be read"
     if others:
         told = '; '.join(f'{few(ks, 2)} ({part})' for part,ks in list(others.items())[:2])
@@ -207,7 +207,7 @@ def sort_lora(
         raise ValueError(f'{source} holds several adapters ({few(sorted(adapters))}): '
                          'save the one you mean in a file of its own')
     if double: raise ValueError(f'{source} holds the same matrix twice: {few(double, 1)}')
-    _refuse(finder, source, what, found, lost, others, strange)
+    _refuse(finder, source, what, found, lost, others=others, strange=strange)
     if text: warnings.warn(f'{source}: its part for text encoders ({len(text)} tensors: '
                            f'{few(text, 2)}) is left out, its part for the {what} is taken',
                            stacklevel=2)

@@ -181,7 +181,7 @@ def adapt(
     prompts,               # Conditions for the generator: `LatentShards` without latents, or the like
     folder,                # Gets state, sheets and the LoRA; a run found there goes on
     images=None,           # `LatentShards` with latents, for the GAN
-    steps:int=10_000,      # Iterations; stop earlier by leaving the loop
+    *, steps:int=10_000,      # Iterations; stop earlier by leaving the loop
     cfg:DMD2Config=adapt_config, # The run's numbers
     rank:int=64,           # Of the adapters; that of a LoRA given as `init` counts
     sheet=None,            # `sheet(G) -> PIL image`, drawn before, every `minutes`, and after
@@ -219,7 +219,7 @@ def adapt(
     if newest(folder/'state') is None: show('before')
     at = time.time()
     try:
-        for log in distill_sdxl(dmd, prompts, steps, images, folder/'state', save_every):
+        for log in distill_sdxl(dmd, prompts, steps, images, folder/'state', save_every=save_every):
             yield log
             if time.time()-at>60*minutes:
                 show(f'at_{dmd.step:06d}')

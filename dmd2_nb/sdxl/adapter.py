@@ -196,21 +196,32 @@ def _place(unet):
     return Path(path) if path and Path(path).exists() else None
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #c1f7a4e6
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', trained_betas=None,
-                num_train_timesteps=1000, rescale_betas_zero_snr=False)
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule='scaled_linear',
+    trained_betas=None,
+    num_train_timesteps=1000,
+    rescale_betas_zero_snr=False,
+)
 
 def _check_said(denoiser, net, abar):
     "Another prediction, or another schedule than the one that is taken where none is given"
     told,place = unet_prediction(net),_place(net)
     if told and told!=denoiser.prediction:
         fits = dict(epsilon='EpsDenoiser', v_prediction='VDenoiser', flow='FlowDenoiser').get(told)
-        what = f'take {fits} for it, not {type(denoiser).__name__}' if fits else 'no denoiser here does'
+        what = 'no denoiser here does'
+        if fits: what = f'take {fits} for it, not {type(denoiser).__name__}'
         raise ValueError(f'this U-Net belongs to a pipeline that predicts {told}: {what}')
     if abar is not None or denoiser.prediction=='flow': return
     said = (_scheduler(place) if place else {}) | getattr(net, 'schedule', {})
-    other = [f'{k} {said[k]!r:.40}' for k,v in SCHEDULE.items() if (said.get(k, v) or None)!=(v or None)]
+    other = [
+        f'{k} {said[k]!r:.40}'
+        for k,v in SCHEDULE.items()
+        if (said.get(k, v) or None)!=(v or None)
+    ]
     if other:
-        raise ValueError(f"this U-Net was trained on another noise schedule than Stable Diffusion's "
+        raise ValueError("this U-Net was trained on another noise schedule than Stable Diffusion's "
                          f'({", ".join(other)}): pass its alphas_cumprod as abar=')
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #2404c0be
@@ -263,8 +274,8 @@ def check_unet(
     a,b = config.get('in_channels'),config.get('out_channels')
     if a and b==2*a:
         raise ValueError(
-            f'this U-Net gives {b} channels for {a}: it predicts a variance beside the noise (learned variance), '
-            'which the methods here have no use for'
+            f'this U-Net gives {b} channels for {a}: it predicts a variance beside the noise '
+            '(learned variance), which the methods here have no use for'
         )
     if a!=b:
         raise ValueError(
@@ -283,8 +294,8 @@ def check_unet(
         raise ValueError(f'this U-Net wants {embeds} beside the text: it cannot be used here')
     if embeds=='text_time' and width==config.get('cross_attention_dim', 0)+5*side:
         raise ValueError(
-            f"this U-Net wants {width} numbers beside the timestep, {width - 5 * side} of a text and 5 time ids: "
-            "it is SDXL's refiner; the base model is needed"
+            f"this U-Net wants {width} numbers beside the timestep, {width - 5 * side} of a text "
+            "and 5 time ids: it is SDXL's refiner; the base model is needed"
         )
     kinds = {}
     for k,p in unet.named_parameters():
@@ -294,14 +305,18 @@ def check_unet(
 # %% ../../nbs/30_sdxl.adapter.ipynb #bd598167
 def _check_kinds(kinds):
     "Weights of one precision, and of one that can be computed with"
-    words = [f"{len(ks)} in {str(d).removeprefix('torch.')} ({few(ks, 2)})" for d,ks in kinds.items()]
+    words = [
+        f"{len(ks)} in {str(d).removeprefix('torch.')} ({few(ks, 2)})" for d,ks in kinds.items()
+    ]
     if any('float8' in str(d) for d in kinds):
         raise ValueError(
-            f'this U-Net has weights in 8 bits, {words[0]}: unet.to(torch.bfloat16) makes them usable'
+            f'this U-Net has weights in 8 bits, {words[0]}: unet.to(torch.bfloat16) makes them '
+            f'usable'
         )
     if len(kinds)>1:
         raise ValueError(
-            f'this U-Net mixes precisions: {", ".join(words)}; unet.to(torch.bfloat16) or another makes them one'
+            f'this U-Net mixes precisions: {", ".join(words)}; unet.to(torch.bfloat16) or another '
+            f'makes them one'
         )
 
 # %% ../../nbs/30_sdxl.adapter.ipynb #7538112e

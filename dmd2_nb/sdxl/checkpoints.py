@@ -116,7 +116,10 @@ def model_card(
     while fence in f'{base} {name}': fence += '`'
     if kind=='lora': load = f'pipe.load_lora_weights({name!r})\npipe.fuse_lora()'
     else:
-        load = f"pipe.unet = UNet2DConditionModel.from_pretrained({name!r}, torch_dtype=torch.float16).to('cuda')"
+        load = (
+            f'pipe.unet = UNet2DConditionModel.from_pretrained({name!r}, '
+            "torch_dtype=torch.float16).to('cuda')"
+        )
     rows = '\n'.join(' '.join(f'- {k}: {v}'.split()) for k,v in facts.items())
     note = (
         f'\nThe only step gets pure noise but is told timestep {steps[0]}, as in training.\n'

@@ -59,7 +59,8 @@ class TextEncoders:
         )
         if len(self.tokenizers)!=len(self.models) or len(self.models) not in (1, 2):
             raise ValueError(
-                f'one or two pairs are needed, got {len(self.tokenizers)} tokenizers and {len(self.models)} models'
+                f'one or two pairs are needed, got {len(self.tokenizers)} tokenizers and '
+                f'{len(self.models)} models'
             )
         pads = [t.pad_token for t in self.tokenizers]
         if len(pads)==2 and pads[0]==pads[1]:

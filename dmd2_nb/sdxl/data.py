@@ -173,7 +173,7 @@ def write_shards(
     make,          # `make(range) -> (tensors, prompts)` for a range of item numbers
     shard:int=256, # Items a file
     facts:dict=None, # JSON-able: hashes and settings of what goes in; a folder begun with others is refused
-    progress=None, # Wraps the iteration over shards
+    *, progress=None, # Wraps the iteration over shards
     mark=None,     # `mark(item number) -> hash` of what an item is made from, kept with its shard
 )->LatentShards:
     "Write what isn't there yet"
@@ -256,7 +256,7 @@ def encode_conditions(
     enc:TextEncoders,     # Tokenizers and encoders of the texts
     batch:int=16,         # Prompts at once
     shard:int=256, # Rows of a file
-    size=1024,     # Side of the picture that the network is told
+    *, size=1024,     # Side of the picture that the network is told
     dtype=torch.float16, # Precision that is kept
     progress=None, # Wraps the iteration
 )->LatentShards: # Without latents: for the generator's stream
@@ -279,7 +279,7 @@ def encode_conditions(
             for j in range(0, len(r), batch)
         ]
         return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}, [prompts[i] for i in r]
-    return write_shards(folder, len(prompts), make, shard, facts, progress)
+    return write_shards(folder, len(prompts), make, shard, facts, progress=progress)
 
 # %% ../../nbs/33_sdxl.data.ipynb #c1f7a203
 @torch.no_grad()
@@ -348,7 +348,7 @@ def encode_latents(
     vae,                  # diffusers `AutoencoderKL`
     enc:TextEncoders,     # Tokenizers and encoders of the texts
     shard:int=256,        # Rows of a file
-    seed:int=0,           # Names the draws of the VAE
+    *, seed:int=0,           # Names the draws of the VAE
     size=1024,            # Side of the pictures that the network is told
     dtype=torch.float16,  # Precision kept
     progress=None,        # Wraps the iteration over shards
@@ -373,7 +373,7 @@ def encode_latents(
     if hasattr(images, 'prompts'): facts['prompts'] = fingerprint(list(images.prompts))
     if hasattr(images, 'content_hash'): facts['pictures'] = images.content_hash()
     mark = None if 'pictures' in facts else _Mark(pictures, hashes)
-    shards = write_shards(folder, len(images), make, shard, facts, progress, mark)
+    shards = write_shards(folder, len(images), make, shard, facts, progress=progress, mark=mark)
     if 0<=pictures.lowest<math.inf:
         warnings.warn(
             f'{folder}: no picture has a value below 0; if they lie in 0 .. 1, encode 2*x-1',
@@ -415,7 +415,8 @@ class LMDBLatents:
         raw = self.get(f'latents_{i}_data')
         if len(raw)!=2*math.prod(self.shape):
             raise ValueError(
-                f'{self.path}: latents_{i}_data has {len(raw)} bytes, its shape needs {2 * math.prod(self.shape)}'
+                f'{self.path}: latents_{i}_data has {len(raw)} bytes, its shape needs '
+                f'{2 * math.prod(self.shape)}'
             )
         return torch.frombuffer(bytearray(raw), dtype=torch.float16).reshape(self.shape), bytes(
             self.get(f'prompts_{i}_data')
@@ -428,7 +429,7 @@ class LMDBLatents:
         shard: int = 256,
         size=1024,
         dtype=torch.float16,
-        progress=None,
+        *, progress=None,
     ) -> LatentShards:
         "The same items as shards, with their prompts encoded"
         def make(r):
@@ -439,4 +440,4 @@ class LMDBLatents:
             }, [p for _, p in rows]
         facts = dict(kind='lmdb', size=size, dtype=str(dtype))
         facts |= dict(lmdb=content_hash(self.path), encoder=identity(enc))
-        return write_shards(folder, len(self), make, shard, facts, progress)
+        return write_shards(folder, len(self), make, shard, facts, progress=progress)

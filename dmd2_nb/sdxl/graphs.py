@@ -49,7 +49,7 @@ class Pass:
         net,        # Network
         kind,       # Which of its passes
         x, t, cond, # Example inputs
-        recorder,   # What records it
+        *, recorder,   # What records it
     ):
         self.net,self.kind,self.recorder = net,kind,recorder
         self.x, self.t, self.cond, self.g = (
@@ -193,7 +193,8 @@ class Graphs:
         cond_map(lambda o: leaves.append(o) or o, cond)
         key = (id(net), kind, *((tuple(o.shape), o.dtype) for o in (x, t, *leaves)))
         p = self.passes.get(key)
-        if p is None or p.moved(): p = self.passes[key] = Pass(net, kind, x, t, cond, self.recorder)
+        if p is None or p.moved():
+            p = self.passes[key] = Pass(net, kind, x, t, cond, recorder=self.recorder)
         if p.asked and not self._record(p): return net.direct(kind, x, t, cond)
         if torch.is_grad_enabled() and (x.requires_grad or any(q.requires_grad for q in net.flats)):
             def rebuild(ls):

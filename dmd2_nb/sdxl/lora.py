@@ -90,7 +90,8 @@ class Unit:
 
     def __deepcopy__(self, memo):
         raise TypeError(
-            'a U-Net that carries adapters cannot be copied: copy it before, or call restore() on its base'
+            'a U-Net that carries adapters cannot be copied: copy it before, or call restore() on '
+            'its base'
         )
 
 # %% ../../nbs/32a_sdxl.lora.ipynb #155ce2d0

@@ -328,7 +328,7 @@ def draw_mini(
     prompts,           # Texts
     steps:int=30,      # Evaluations of the guided network
     guidance:float=3., # Classifier-free guidance
-    seed:int=0, batch:int=256, # Names the noise; pictures at a time
+    seed:int=0, *, batch:int=256, # Names the noise; pictures at a time
     D=None,            # Another denoiser on the same latents; the model's own when absent
 )->Tensor: # Bytes, (n, 3, px, px)
     "Pictures by many steps"

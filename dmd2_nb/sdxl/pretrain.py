@@ -66,7 +66,7 @@ def teacher_pairs(
     conds:LatentShards,     # Conditions, as from `encode_conditions`; in order, again from the start if there are fewer
     n:int=10_000,           # Pairs
     steps:int=50,           # Of the teacher's sampler
-    seed:int=0,    # Names the noises
+    *, seed:int=0,    # Names the noises
     batch:int=4,   # Noises at once
     shard:int=64,  # Pairs of a file
     shape=None,    # Of a latent
@@ -92,7 +92,7 @@ def teacher_pairs(
     facts['conditions'] = (
         conds.content_hash() if hasattr(conds, 'content_hash') else identity(conds)
     )
-    return write_shards(folder, n, make, shard, facts, progress)
+    return write_shards(folder, n, make, shard, facts, progress=progress)
 
 # %% ../../nbs/34b_sdxl.pretrain.ipynb #543760dc
 def decoder(

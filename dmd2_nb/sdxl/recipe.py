@@ -67,7 +67,7 @@ def sdxl_dmd2(
     probe,                 # Any condition; its first row sizes the head
     uncond=zero_uncond,    # Empty condition for guidance; for Stable Diffusion 1.5 the encoded empty prompt
     head:nn.Module=None,   # GAN head to start from
-    ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
+    *, ema_device='cpu',      # Where the generator's average lives, when `cfg.ema_halflife` asks for one
     optim='adamw',         # 'adamw8bit' keeps AdamW's averages in 8 bits, with bitsandbytes
     make=DMD2,             # Class of the run: `GraphedDMD2` for small networks, `ParallelDMD2` on several cards
     **kwargs,              # Its own arguments, such as `world` and `mode`
@@ -139,7 +139,7 @@ def distill_sdxl(
     steps:int,              # Iterations in all, those of earlier calls included
     images:LatentShards=None, # Latents and conditions for the GAN
     folder=None,            # Where the state is kept; a run found there goes on
-    save_every:int=500,     # Iterations between saves
+    *, save_every:int=500,     # Iterations between saves
     save=save_state,        # On several cards `save_parallel`
     load=load_state,        # And `load_parallel`
 ): # Yields the log of each iteration
@@ -178,7 +178,7 @@ def generate(
     timesteps=None,    # Falling; (999, 749, 499, 249) when absent
     seed:int=0,        # Same seed, same pictures
     batch:int=1,       # Pictures at once
-    vae=None,          # diffusers autoencoder to decode with; latents are returned when absent
+    *, vae=None,          # diffusers autoencoder to decode with; latents are returned when absent
     device=None,       # Where the network is; where the condition is when absent
 )->Tensor: # Images in [-1, 1], or latents, on the CPU
     "Few-step samples"

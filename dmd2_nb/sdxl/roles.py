@@ -49,7 +49,7 @@ class SharedBase(Roles):
         alpha:float=8.,        # Adapters count alpha/rank
         checkpointing=True,    # Recompute blocks in the backward pass
         targets=LORA_TARGETS,  # Endings of the layers that get matrices
-        seed:int=0,            # Of the adapters' first matrices
+        *, seed:int=0,            # Of the adapters' first matrices
         device=None,           # Of the adapters; where the base is when absent
     ):
         if rank<1: raise ValueError(f'rank must be at least 1, got {rank}')
@@ -109,7 +109,8 @@ class Setup:
                 raise ValueError(f'{n} must be at least 1, got {getattr(self, n)}')
         if self.px%(8*2**(len(self.unet['block_out_channels'])-1)):
             raise ValueError(
-                f'px must be a multiple of {8 * 2 ** (len(self.unet["block_out_channels"]) - 1)}, got {self.px}'
+                f'px must be a multiple of {8 * 2 ** (len(self.unet["block_out_channels"]) - 1)}, '
+                f'got {self.px}'
             )
 
     @property
@@ -181,7 +182,8 @@ class Plan:
         "One clear error when the card is too small, with what to change"
         if self.peak<=budget: return self
         raise ValueError(
-            f'this run needs about {self.peak / GiB:.1f} GiB and the card has {budget / GiB:.1f} GiB. '
+            f'this run needs about {self.peak / GiB:.1f} GiB and the card has {budget / GiB:.1f} '
+            f'GiB. '
             + advice(self, budget)
         )
 
@@ -346,7 +348,8 @@ def advice(
         if sum(at_rest(now).values())>budget and i<len(ladder): continue
         need = memory_plan(now, plan.workspace).peak
         if need<=budget:
-            return f"It would fit with {', '.join(f'{k}={v!r}' for k, v in told.items())} (about {need / GiB:.1f} GiB)."
+            choices = ', '.join(f'{k}={v!r}' for k, v in told.items())
+            return f'It would fit with {choices} (about {need / GiB:.1f} GiB).'
     return f'Even the smallest of these choices needs about {need/GiB:.1f} GiB.'
 
 def card_budget(device=None)->float: # Bytes

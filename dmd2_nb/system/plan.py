@@ -239,7 +239,8 @@ def read_plan(
     try: was = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
         raise ValueError(
-            f'{path} is damaged ({e}): what the files beside it were made from is not known; take another folder'
+            f'{path} is damaged ({e}): what the files beside it were made from is not known; take '
+            f'another folder'
         ) from None
     if not isinstance(was, dict):
         raise ValueError(f'{path} is damaged: it holds no settings; take another folder')
@@ -259,7 +260,8 @@ def keep_plan(
         stray = next(path.parent.glob(made), None) if made else None
         if stray:
             raise ValueError(
-                f'{folder} holds {stray.name} and no {name}: what it was made from is not known; take another folder'
+                f'{folder} holds {stray.name} and no {name}: what it was made from is not known; '
+                f'take another folder'
             )
         write_json(path, facts)
     elif differ := differences(was, facts):

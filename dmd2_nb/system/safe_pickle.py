@@ -55,8 +55,9 @@ def _tensor(storage, offset, size, stride, *_, dtype=None):
     empty = torch.empty(0, dtype=storage.dtype)
     return empty.set_(storage.raw, offset, size, stride).contiguous()
 
-def _tensor_of_dtype(storage, offset, size, stride, grad, hooks, dtype, *_):
+def _tensor_of_dtype(storage, offset, size, stride, *rest):
     "As above; newer dtypes have no storage of their own and are named beside it"
+    dtype = rest[2] if len(rest)>2 else None  # behind whether it learns, and its hooks
     if dtype not in DTYPES: raise TypeError('a tensor without a known dtype')
     return _tensor(storage, offset, size, stride, dtype=DTYPES[dtype])
 
@@ -137,8 +138,9 @@ CALLS |= {
 }
 
 # %% ../../nbs/22a_system.safe_pickle.ipynb #eb65443b
-LITERALS = set('''INT LONG BININT BININT1 BININT2 LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
-    BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 FLOAT BINFLOAT'''.split())
+LITERALS = set('''INT LONG BININT BININT1 BININT2 LONG1 LONG4
+    STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8
+    UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 FLOAT BINFLOAT'''.split())
 EMPTY = dict(
     NONE=lambda: None,
     NEWTRUE=lambda: True,
@@ -353,8 +355,8 @@ OPCODES = {
 MAGIC = 0x1950a86a20f9469cfc6c # Begins each file of the old kind
 DTYPES = {
     f'torch.{n}': getattr(torch, n)
-    for n in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool
-          complex64 complex128
+    for n in '''float64 float32 float16 bfloat16 int64 int32 int16 int8
+          uint8 uint16 uint32 uint64 bool complex64 complex128
           float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu'''.split()
     if hasattr(torch, n)
 }
@@ -556,7 +558,7 @@ def write_edm_pickle(
     kwargs=None, # Constructor arguments to keep with the outermost module
     names=None,  # Class name here -> class name in the file
     protocol=4, # Of the pickle format
-    args=(),   # Constructor arguments that were given by position
+    *, args=(), # Constructor arguments that were given by position
 ):
     "A file of the layout of the published EDM pickles, to test readers with"
     import pickle, sys, types

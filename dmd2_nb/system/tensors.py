@@ -187,7 +187,9 @@ def _indexed(index):
 STRANGE = {
     b'GGUF': 'is a GGUF file, whose tensors are quantised',
     b'<': 'is a web page: the download failed',
-    b'version https://git-lfs': 'is a pointer of git LFS: fetch the file itself with `git lfs pull`',
+    b'version https://git-lfs': (
+        'is a pointer of git LFS: fetch the file itself with `git lfs pull`'
+    ),
     b'\x93NUMPY': 'is a NumPy array',
     b'\x89HDF': 'is an HDF5 file (Keras)',
     b'{': 'is JSON, not weights',
@@ -298,7 +300,8 @@ def widen_fp8(
             elif scale.shape[0]==scale.numel()==len(v): scale = scale.reshape(-1, *[1]*(v.ndim-1))
             else:
                 raise ValueError(
-                    f'{source}: {scales[k]} {tuple(scale.shape)} is no scale for {k} {tuple(v.shape)}'
+                    f'{source}: {scales[k]} {tuple(scale.shape)} is no scale for {k} '
+                    f'{tuple(v.shape)}'
                 )
             out[k] = v.float()*scale
     return out
@@ -317,7 +320,8 @@ def read_state_dict(
     if pieces := [k for k,v in state.items() if _is_piece(v)]:
         here,whole = state[pieces[0]].args
         raise ValueError(
-            f'{source} holds pieces of tensors that lie on several processes ({pieces[0]}: {here} of {whole}): '
+            f'{source} holds pieces of tensors that lie on several processes ({pieces[0]}: {here} '
+            f'of {whole}): '
             'save the full state dict'
         )
     state = {k: v.as_subclass(Tensor).detach() for k,v in plain_names(state, source).items()}
@@ -365,9 +369,11 @@ def one_dtype(
 # %% ../../nbs/51_system.tensors.ipynb #75a69a2b
 KINDS = {  # what a file is, by names that only such files have
     'a LoRA': r'\.lora_(A|B|down|up)\b|\.lora\.(down|up)\.|^lora_(unet|te)|\.(hada|lokr)_w1',
-    'a whole Stable Diffusion checkpoint under its original names': r'^model\.diffusion_model\.|^first_stage_model\.',
+    'a whole Stable Diffusion checkpoint under its original names':
+        r'^model\.diffusion_model\.|^first_stage_model\.',
     'a text encoder': r'(^|\.)text_model\.encoder\.|^encoder\.block\.\d+\.layer\.|^shared\.weight$',
-    'an image autoencoder (VAE)': r'(^|\.)(post_)?quant_conv\.|^decoder\.up_blocks\.|^decoder\.mid_block\.',
+    'an image autoencoder (VAE)': r'(^|\.)(post_)?quant_conv\.|^decoder\.up_blocks\.|'
+                                  r'^decoder\.mid_block\.',
     'a diffusion transformer': r'^(transformer\.)?(single_)?transformer_blocks\.\d',
     "an optimiser's state": r'^\d+\.(exp_avg|step)|^state\.\d',
 }
@@ -464,9 +470,11 @@ def check_fit(
     "Names and shapes must agree, or one clear error"
     if text := misfit(mine, tensors): raise ValueError(f'{source} does not fit{what}: {text}')
     both = [(k, v, tensors[k]) for k,v in mine.items() if isinstance(tensors[k], Tensor)]
-    whole = [k for k,a,b in both if isinstance(a, Tensor) and a.is_floating_point()>b.is_floating_point()]
-    if whole: raise ValueError(f'{source} does not fit{what}: whole numbers instead of fractions, as of '
-                               f'weights that were quantised ({few(whole)})')
+    whole = [
+        k for k,a,b in both if isinstance(a, Tensor) and a.is_floating_point()>b.is_floating_point()
+    ]
+    if whole: raise ValueError(f'{source} does not fit{what}: whole numbers instead of fractions, '
+                               f'as of weights that were quantised ({few(whole)})')
     return mine
 
 def load_into(

@@ -35,7 +35,8 @@ def read_text(
         raise
     if '\0' in text:
         raise ValueError(
-            f'{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: not text (it has a zero byte)'
+            f'{path}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: not text (it has a '
+            f'zero byte)'
         )
     return text
 
@@ -68,13 +69,15 @@ def _short(v):
 # Where a table or object has its prompt; the first that is there counts
 COLUMNS = 'caption', 'prompt', 'text'
 LEFT_OUT = {
-    '.parquet .arrow .feather .orc': 'is a table that this package does not read: save its prompts as .csv or .jsonl',
+    '.parquet .arrow .feather .orc': 'is a table that this package does not read: save its prompts '
+                                     'as .csv or .jsonl',
     '.xls .xlsx .xlsm .ods .numbers': 'is a spreadsheet: save it as .csv',
     '.doc .docx .odt .rtf .pdf .html .htm .xml .yaml .yml .toml': (
         'is no list of prompts: save them as a text file, one a line'
     ),
     '.gz .zip .tar .tgz .bz2 .xz .zst .7z': 'is packed: unpack it first',
-    '.pt .pth .ckpt .bin .safetensors .npy .npz': 'holds numbers, no prompts: save them as a text file, one a line',
+    '.pt .pth .ckpt .bin .safetensors .npy .npz': 'holds numbers, no prompts: save them as a text '
+                                                  'file, one a line',
 }  # Endings of files that are refused, and why
 
 def read_prompts(
