@@ -13,7 +13,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from .core import cond_index
+from .core import cond_index, cond_to
 from .images import image_batches, stream_rows, to_float
 from .logs import CsvLog, Means
 from .signals import Signals, Stopped
@@ -177,7 +177,7 @@ def batches(
         yield from image_batches(data, batch, seed, start, device, flip=flip, workers=workers)
         return
     images = images.to(device)
-    conds = cond_map(lambda t: t.to(device), data.conds(slice(None)))
+    conds = cond_to(data.conds(slice(None)), device)
     for rows,coins in _rows(len(data), batch, seed, start):
         rows,coins = _send(rows, device),_send(coins, device)
         x = images[rows]
@@ -194,7 +194,7 @@ def cond_batches(
 ): # Yields conditions with the frequencies of the data
     "Conditions for the generator, a stream apart from the real images"
     device = torch.device(device)
-    conds = cond_map(lambda t: t.to(device), data.conds(torch.arange(len(data))))
+    conds = cond_to(data.conds(torch.arange(len(data))), device)
     for rows,_ in _rows(len(data), batch, seed, start):
         if conds is None:
             yield None

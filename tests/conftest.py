@@ -18,3 +18,13 @@ def seeded():
 
 @pytest.fixture(scope='session', name='root')
 def root_(): return root
+
+
+# Files that take longest begin first, so that two processes end together (`--no-loadscope-reorder`)
+LONGEST = """parallel survive guards sdxl_roles fused browser fuzz packaging pages commands sdxl_pretrain
+parts lora_files convergence""".split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f'test_{n}': i for i, n in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

@@ -126,5 +126,5 @@ if __name__ == '__main__':
     step('pages', run, 'python', 'docs/build.py')
     run('pytest', 'tests/test_long_run.py')  # measures time, so nothing runs beside it
     # Two processes of one thread each: with more threads than cores they wait for one another
-    args = ['-n', '2', '--dist', 'loadfile', '--ignore', 'tests/test_long_run.py', '--durations=25']
-    run('pytest', 'tests', *args, OMP_NUM_THREADS='1')
+    args = '-n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_long_run.py'.split()
+    run('pytest', 'tests', *args, '--durations', '25', OMP_NUM_THREADS='1')

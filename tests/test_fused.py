@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from _nightly import nightly
 from dmd2_nb.blocks import Block
 
 need_triton = pytest.mark.skipif(
@@ -25,7 +26,7 @@ def part(root, name):
         capture_output=True,
         text=True,
         env=os.environ | dict(PYTHONPATH=path, CUDA_VISIBLE_DEVICES=''),
-        timeout=300,
+        timeout=1800,
     )
     assert out.returncode == 0, out.stderr[-3000:]
     return json.loads(out.stdout.splitlines()[-1])
@@ -34,7 +35,7 @@ def part(root, name):
 @need_triton
 @pytest.mark.parametrize(
     'name, n, bar',
-    [('norms', 13, 2e-6), ('frozen', 5, 2e-6), ('maps', 15, 2e-6), ('networks', 9, 2e-5)],
+    [('norms', 13, 2e-6), ('frozen', 5, 2e-6), ('maps', 15, 2e-6), pytest.param('networks', 9, 2e-5, marks=nightly)],
 )
 def test_kernels_in_the_interpreter(root, name, n, bar):
     "Results and all gradients; far from zero the sums of squares cost digits, but not those of half precision"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from _nightly import nightly
+
 pytestmark = pytest.mark.skipif(
     not Path('/proc/self/statm').exists(), reason='memory is read from /proc'
 )
-nightly = pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1')
 
 
 def long(tmp_path, n, warm, **changes):

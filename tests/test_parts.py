@@ -201,7 +201,7 @@ def test_how_an_optimiser_computes_stays(tmp_path):
 
 def test_two_processes_replay(tmp_path):
     "Graphs of several processes: the same bits as plain, and every rank meets the others in the same order"
-    ranks = launch(work.replayed, 2, str(tmp_path), timeout=400)
+    ranks = launch(work.replayed, 2, str(tmp_path), timeout=1500)
     for r in ranks:
         for name, gaps in r['equal'].items(): assert gaps == [0, 0], f'{name}: {gaps}'
         for name, gaps in r['alone'].items(): assert max(gaps) < 1e-6, f'{name}: {gaps}'

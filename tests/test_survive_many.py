@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from _nightly import nightly
 from dmd2_nb.system.checkpoint import load_folder, steps
 
 pytestmark = [
@@ -13,7 +14,7 @@ pytestmark = [
         not Path('/proc/self/stat').exists() or not torch.distributed.is_available(),
         reason='processes are looked up in /proc',
     ),
-    pytest.mark.skipif(not os.environ.get('NIGHTLY'), reason='takes minutes: set NIGHTLY=1'),
+    nightly,
 ]
 ITERS, SILENCE = 300, 4
 command = [
