@@ -13,7 +13,7 @@ here = Path(__file__).resolve().parent
 sys.path.insert(0, str(here.parent))
 
 import torch
-from PIL import Image
+from dmd2_nb.grids import pil
 from dmd2_nb.images import emoji64
 
 classes = {  # ImageNet id: emoji
@@ -153,7 +153,7 @@ with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_STORED) as z:
             seen += 1
             if seen % every != 1: continue
             name, f = f'{len(labels)//1000:05d}/img{len(labels):08d}.png', io.BytesIO()
-            Image.fromarray(data.images[i].permute(1, 2, 0).numpy()).save(f, 'png')
+            pil(data.images[i]).save(f, 'png')
             z.writestr(zipfile.ZipInfo(name, when), f.getvalue())
             labels.append([name, y])
     z.writestr(zipfile.ZipInfo('dataset.json', when), json.dumps(dict(labels=labels)))

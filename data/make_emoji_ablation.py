@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -314,11 +315,7 @@ class Bench:
             if bad: print(f'{name}: diverged at {begun}', flush=True)
         facts |= dict(steps=begun, g_updates=dmd.g_updates+g0, seconds=seconds, ms=1e3*(per or 0.))
         (a.out/f'{name}.json').write_text(json.dumps(facts, indent=1))
-        sheet = (
-            torch.stack(strips)
-            .permute(0, 3, 1, 4, 2)
-            .reshape(len(strips) * self.data.shape[1], 8 * self.data.shape[2], 3)
-        )
+        sheet = rearrange(torch.stack(strips), 'row n c h w -> (row h) (n w) c')
         Image.fromarray(sheet.numpy()).save(a.out/f'{name}.png')
         if name in a.keep.split(','):
             facts = dict(

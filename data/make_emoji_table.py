@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from einops import rearrange
 from PIL import Image
 
 from dmd2_nb.system.atomic import write_text
@@ -268,9 +269,7 @@ def main():
     x = torch.stack(
         [draw(s, t.data.shape, eval_conds(t.data, 12, seed=3), 3, device=t.device) for s in rows]
     )
-    r,n,_,h,w = x.shape
-    Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(r * h, n * w, 3).numpy()).save(
-        a.out / 'emoji32_rows.png'
-    )
+    sheet = rearrange(x, 'row n c h w -> (row h) (n w) c')
+    Image.fromarray(sheet.numpy()).save(a.out/'emoji32_rows.png')
 
 if __name__=='__main__': main()

@@ -9,6 +9,7 @@ __all__ = ['Linear', 'GroupNorm', 'Conv', 'Positional', 'Fourier', 'Block']
 from math import sqrt
 
 import torch
+from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
@@ -178,23 +179,22 @@ class Block(nn.Module):
     def attend(self, x, bias=True): # Without `bias` the caller adds that of the last projection
         """Self-attention over the pixels; rows of pixels stay in channels-last order, so nothing is
         copied, and gradients of q, k, v are joined once"""
-        b,c,h,w = x.shape
-        rows = lambda t: t.permute(0, 2, 3, 1).reshape(b, h*w, -1)
-        d = c//self.heads
-        W,offset = (t.to(x.dtype).reshape(self.heads, d, 3, -1).permute(2, 0, 1, 3).reshape(3*c, -1)
-                  # stored: heads, depth, q k v; used: q k v, heads, depth
-                  for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None]))
-        q, k, v = (
-            F.linear(rows(self.norm2.silu(x, act=False)), W, offset[:, 0])
-            .reshape(b, h * w, 3, self.heads, d)
-            .unbind(2)
+        W,offset = (  # stored: heads, depth, q k v; used: q k v, heads, depth
+            rearrange(t.to(x.dtype), '(heads d qkv) c -> (qkv heads d) c', heads=self.heads, qkv=3)
+            for t in (self.qkv.weight.flatten(1), self.qkv.bias[:,None])
         )
-        y = (
-            F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
-            .transpose(1, 2)
-            .reshape(b, h * w, c)
+        pixels = rearrange(self.norm2.silu(x, act=False), 'b c h w -> b (h w) c')
+        q,k,v = rearrange(
+            F.linear(pixels, W, offset[:, 0]),
+            'b n (qkv heads d) -> b n qkv heads d',
+            qkv=3,
+            heads=self.heads,
+        ).unbind(2)
+        y = F.scaled_dot_product_attention(
+            *(rearrange(t, 'b n heads d -> b heads n d') for t in (q, k, v))
         )
-        return self.proj.pixelwise(y, bias).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        y = self.proj.pixelwise(rearrange(y, 'b heads n d -> b n (heads d)'), bias)
+        return rearrange(y, 'b (h w) c -> b c h w', h=x.shape[2])
 
     def forward(self, x, e):
         p,fast = self.affine(e),fusable(x)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import cond_index, cond_to
-from .images import image_batches, stream_rows, to_float
+from .images import image_batches, mirrored, stream_rows, to_float
 from .logs import CsvLog, Means
 from .signals import Signals, Stopped
 from .system.atomic import fsync
@@ -181,7 +181,7 @@ def batches(
     for rows,coins in _rows(len(data), batch, seed, start):
         rows,coins = _send(rows, device),_send(coins, device)
         x = images[rows]
-        if flip: x = torch.where(coins[:,None,None,None], x.flip(-1), x)
+        if flip: x = mirrored(x, coins)
         yield to_float(x), cond_index(conds, rows)
 
 # %% ../nbs/19d_follow.ipynb #531dfe31

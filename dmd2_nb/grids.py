@@ -10,6 +10,7 @@ import base64, html, io, textwrap
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .system.atomic import one_move, write_text
@@ -22,7 +23,7 @@ def pil(
     from PIL import Image
     if x.dtype!=torch.uint8 or x.ndim!=3 or x.shape[0] not in (1,3):
         raise ValueError(f'a picture is uint8 (1 or 3, h, w), got {x.dtype} {tuple(x.shape)}')
-    return Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(rearrange(x.expand(3, -1, -1), 'c h w -> h w c').cpu().numpy())
 
 def data_url(
     im, # PIL image

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'CLASS_NAMES', 'NotBytes', 'ImageData', 'to_float', 'to_uint8', 'npz_images', 'load_arrays', 'fashion16',
-           'emoji', 'emoji32', 'emoji64', 'holdout', 'stream_rows', 'image_batches', 'open_images', 'in_memory',
-           'drawn_rows', 'Drawn', 'match_classes']
+           'emoji', 'emoji32', 'emoji64', 'holdout', 'stream_rows', 'mirrored', 'image_batches', 'open_images',
+           'in_memory', 'drawn_rows', 'Drawn', 'match_classes']
 
 # %% ../nbs/20_images.ipynb #b5b9089a
 from collections import deque
@@ -17,6 +17,7 @@ import math
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .core import rng
@@ -117,7 +118,7 @@ def npz_images(
     if x.dtype.kind not in 'biuf' or not x.dtype.isnative:
         raise NotBytes(f'{path}: images must be uint8, got {x.dtype} {x.shape}')
     if x.ndim==3: x = x[:,None]
-    elif x.ndim==4 and x.shape[-1] in (1,3): x = x.transpose(0, 3, 1, 2)
+    elif x.ndim==4 and x.shape[-1] in (1,3): x = rearrange(x, 'n h w c -> n c h w')
     names = tuple(str(o) for o in arrays.get('class_names', np.empty(0)).ravel())
     labels = cond = width = None
     if y is None:
@@ -149,7 +150,7 @@ def emoji(size:int)->ImageData: # 32 or 64
     y,s,c = (torch.from_numpy(a[k].astype('int64')) for k in ('labels', 'styles', 'name_ids'))
     classes,styles,names = (tuple(map(str, a[k])) for k in ('class_names', 'style_names', 'names'))
     cond = torch.cat([torch.eye(len(classes))[y], torch.eye(len(styles))[s]], 1)
-    images = torch.from_numpy(a['images'].transpose(0, 3, 1, 2).copy())
+    images = torch.from_numpy(rearrange(a['images'], 'n h w c -> n c h w').copy())
     return ImageData(images, y, cond, classes, styles, c, names, f'emoji{size}')
 
 def emoji32()->ImageData: # RGB 32x32, 17 classes and 6 styles
@@ -196,6 +197,13 @@ def _epoch(n, seed, e):
     return v
 
 # %% ../nbs/20_images.ipynb #f95a76c6
+def mirrored(
+    x:Tensor,     # Images, (b, c, h, w)
+    coins:Tensor, # Which of them, bool (b,)
+)->Tensor:
+    "Some of the images, left and right exchanged"
+    return torch.where(coins[:,None,None,None], x.flip(-1), x)
+
 def image_batches(
     data,          # `ImageData`, or anything with `len`, `pixels(rows)` and `conds(rows)`, such as `ImageZip`
     batch:int,     # Images a draw
@@ -214,7 +222,7 @@ def image_batches(
     def draw(k):
         rows,coins = stream_rows(n, torch.arange(batch)+k*batch, seed)
         x,c = data.pixels(rows),data.conds(rows)
-        if flip: x = torch.where(coins[:,None,None,None], x.flip(-1), x)
+        if flip: x = mirrored(x, coins)
         return x,c
     return _send(_ahead(draw, start, workers), device)
 

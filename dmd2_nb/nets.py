@@ -9,6 +9,7 @@ __all__ = ['FourierEmbedding', 'one_hot', 'ToyNet', 'ResBlock', 'Attention', 'UN
 import math
 
 import torch
+from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
@@ -140,16 +141,14 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x):
-        b,c,h,w = x.shape
-        q, k, v = (
-            self.qkv(self.norm(x))
-            .reshape(b, 3, self.heads, c // self.heads, h * w)
-            .transpose(-1, -2)
-            .unbind(1)
-        )
-        return x + self.proj(
-            F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        )
+        q,k,v = rearrange(
+            self.qkv(self.norm(x)),
+            'b (qkv heads d) h w -> b qkv heads (h w) d',
+            qkv=3,
+            heads=self.heads,
+        ).unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(rearrange(y, 'b heads (h w) d -> b (heads d) h w', h=x.shape[2]))
 
 # %% ../nbs/04_nets.ipynb #88ce4bb2
 class UNet(nn.Module):

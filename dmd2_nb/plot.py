@@ -10,7 +10,9 @@ __all__ = ['new_axes', 'axes_row', 'show_points', 'show_field', 'to_rgb', 'tile'
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from .system.tensors import check_finite
 
@@ -130,7 +132,7 @@ def to_rgb(
         raise ValueError(f'images must be (n, h, w) or (n, 1 or 3, h, w), got {tuple(x.shape)}')
     check_finite(x, 'images')  # NaN would be drawn in black
     if x.dtype!=torch.uint8: x = ((x.float().clamp(-1, 1)+1)*127.5).round().byte()
-    return x.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return rearrange(x.expand(-1, 3, -1, -1), 'n c h w -> n h w c')
 
 def tile(
     images:Tensor, # As for `to_rgb`
@@ -139,14 +141,11 @@ def tile(
 )->Tensor: # uint8 (H, W, 3)
     "Join images into one"
     x = to_rgb(images)
-    n,h,w,_ = x.shape
-    ncols = min(ncols, n)
-    nrows = math.ceil(n/ncols)
-    out = torch.full((nrows*(h+pad)-pad, ncols*(w+pad)-pad, 3), 255, dtype=torch.uint8)
-    for i in range(n):
-        r,c = divmod(i, ncols)
-        out[r*(h+pad):r*(h+pad)+h, c*(w+pad):c*(w+pad)+w] = x[i]
-    return out
+    ncols = min(ncols, len(x))
+    blank = math.ceil(len(x)/ncols)*ncols-len(x)
+    x = F.pad(x, (0, 0, 0, pad, 0, pad, 0, blank), value=255)  # from the last axis to the first
+    x = rearrange(x, '(row column) h w c -> (row h) (column w) c', column=ncols)
+    return x[:len(x)-pad, :x.shape[1]-pad].contiguous()
 
 # %% ../nbs/01_plot.ipynb #e93070db
 def show_images(
@@ -168,7 +167,7 @@ def show_images(
     gap = pad + math.ceil((0.1+0.14*lines)*w/size if lines else 0)  # room for the text
     x = to_rgb(images)
     top = torch.full((n, gap-pad, w, 3), 255, dtype=torch.uint8)
-    grid = tile(torch.cat([top, x], 1).permute(0, 3, 1, 2), ncols, pad)
+    grid = tile(rearrange(torch.cat([top, x], 1), 'n h w c -> n c h w'), ncols, pad)
     ax = new_axes(ax, size*ncols, size*grid.shape[0]/w)
     ax.imshow(grid, interpolation='nearest')
     ax.set_axis_off()

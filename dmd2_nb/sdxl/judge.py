@@ -7,6 +7,7 @@ __all__ = ['Probe', 'diversity', 'PromptJudge']
 
 # %% ../../nbs/39a_sdxl.judge.ipynb #3d8594eb
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..fid import kid, patches
@@ -42,8 +43,9 @@ def diversity(
     "Mean distance between pictures of one prompt"
     if each<2 or len(f)%each:
         raise ValueError(f'{len(f)} pictures are not a number of prompts times {each}, at least 2')
-    x = torch.nn.functional.normalize((f-mean).double(), dim=1).view(-1, each, f.shape[1])
-    gram = x@x.transpose(1, 2)
+    x = torch.nn.functional.normalize((f-mean).double(), dim=1)
+    x = rearrange(x, '(prompts each) d -> prompts each d', each=each)
+    gram = x@x.mT
     return (1-(gram.sum((1, 2))-each)/(each*(each-1))).mean().item()
 
 # %% ../../nbs/39a_sdxl.judge.ipynb #196c91c7

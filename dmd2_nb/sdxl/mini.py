@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from einops import rearrange
 from torch import nn, Tensor
 from torch.nn import functional as F
 
@@ -55,7 +56,8 @@ class PatchCodec(nn.Module):
         "From a set's images; the same set gives the same code"
         self = cls(patch, channels)
         x = to_float(images[torch.randperm(len(images), generator=rng(0, len(images)))[:n]])
-        u = F.unfold(x, patch, stride=patch).transpose(1, 2).flatten(0, 1).double()  # (patches, k)
+        rows = lambda t: rearrange(t, 'n k patches -> (n patches) k').double()
+        u = rows(F.unfold(x, patch, stride=patch))
         values,vectors = torch.linalg.eigh(torch.cov(u.T))
         v = vectors.flip(1)[:,:channels]
         v = (
@@ -63,18 +65,13 @@ class PatchCodec(nn.Module):
             * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
             / values.flip(0)[:channels].clamp(min=1e-12).sqrt()
         )
-        self.enc.copy_(v.T.reshape(self.enc.shape))
+        self.enc.copy_(rearrange(v, '(rgb h w) k -> k rgb h w', rgb=3, h=patch))
         self.shift.copy_(-u.mean(0)@v)
         self.mean.copy_(u.mean(0))
-        near = (
-            F.unfold(F.pad(self._code(x), (1, 1, 1, 1), mode='replicate'), 3)
-            .transpose(1, 2)
-            .flatten(0, 1)
-            .double()
-        )
+        near = rows(F.unfold(F.pad(self._code(x), (1, 1, 1, 1), mode='replicate'), 3))
         a,b = near.T@near,near.T@(u-u.mean(0))
         w = torch.linalg.solve(a+1e-6*len(near)*torch.eye(len(a), dtype=a.dtype), b)
-        self.dec.copy_(w.T.reshape(self.dec.shape))
+        self.dec.copy_(rearrange(w, '(c h w) k -> k c h w', c=channels, h=3))
         return self
 
     @property

@@ -15,6 +15,7 @@ import io, json, os, re, warnings, zipfile
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .atomic import one_move
@@ -75,8 +76,8 @@ def image_tensor(
     im, # PIL image
 )->Tensor: # uint8 (c, h, w)
     "Bytes of a PIL image, channels first"
-    a = np.array(im)
-    return torch.from_numpy(a[None] if a.ndim==2 else a.transpose(2, 0, 1).copy())
+    a = np.atleast_3d(np.array(im))
+    return torch.from_numpy(rearrange(a, 'h w c -> c h w').copy())
 
 # %% ../../nbs/54_system.image_files.ipynb #9967f9d0
 class ImageFiles:
