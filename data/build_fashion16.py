@@ -2,42 +2,17 @@
 
     python data/build_fashion16.py FOLDER [--out fashion16_6k.npz]
 
-FOLDER holds train-images-idx3-ubyte and train-labels-idx1-ubyte, plain or .gz: torchvision's
-FashionMNIST(download=True) puts them
-into FashionMNIST/raw, Debian's package dataset-fashion-mnist into /usr/share/datasets/fashion-mnist."""
-import argparse, gzip, hashlib, os, sys, zipfile
+FOLDER is what `fashion32` reads: torchvision's, or Debian's /usr/share/datasets/fashion-mnist."""
+import argparse, os, sys, zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
+from einops import reduce
 
 here = Path(__file__).resolve().parent
-known = {
-    'train-images-idx3-ubyte': 'c59f468a2f672dc8',
-    'train-labels-idx1-ubyte': 'bad3541b69d91243',
-}
-names = [
-    't-shirt/top',
-    'trouser',
-    'pullover',
-    'dress',
-    'coat',
-    'sandal',
-    'shirt',
-    'sneaker',
-    'bag',
-    'ankle boot',
-]
-
-
-def read(folder, name):
-    for p in (folder/name, folder/f'{name}.gz'):
-        if p.exists():
-            data = gzip.decompress(p.read_bytes()) if p.suffix == '.gz' else p.read_bytes()
-            if not hashlib.sha256(data).hexdigest().startswith(known[name]):
-                sys.exit(f'{p}: not the genuine file (its sha256 differs)')
-            return np.frombuffer(data, np.uint8)
-    sys.exit(f'{folder/name}: no such file, neither plain nor .gz')
-
+sys.path.insert(0, str(here.parent))
+from dmd2_nb.images import fashion32  # noqa: E402
 
 ap = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,13 +20,13 @@ ap = argparse.ArgumentParser(
 ap.add_argument('folder', type=Path)
 ap.add_argument('--out', type=Path, default=here/'fashion16_6k.npz')
 a = ap.parse_args()
-x, y = (read(a.folder, n)[skip:] for n, skip in zip(known, (16, 8)))
-rows = np.sort(np.concatenate([np.nonzero(y == c)[0][:600] for c in range(10)]))
-x = np.pad(x.reshape(-1, 28, 28)[rows], ((0, 0), (2, 2), (2, 2)))
+data = fashion32(a.folder)
+rows = torch.cat([(data.labels == c).nonzero()[:600, 0] for c in range(10)]).sort().values
+x = reduce(data.images[rows].double(), 'n 1 (h two) (w too) -> n h w', 'mean', two=2, too=2)
 arrays = dict(
-    images=np.rint(x.reshape(-1, 16, 2, 16, 2).mean((2, 4))).astype(np.uint8),
-    labels=y[rows],
-    class_names=np.array(names),
+    images=x.round().byte().numpy(),
+    labels=data.labels[rows].byte().numpy(),
+    class_names=np.array(data.class_names),
 )
 tmp = a.out.with_name(a.out.name+'.tmp')
 with zipfile.ZipFile(tmp, 'w', zipfile.ZIP_LZMA) as z:

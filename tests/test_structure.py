@@ -22,7 +22,7 @@ floors = {
     5: 'train recipes graphs follow sdxl.graphs',
     4: 'distill guards ttur sdxl.lora',
     3: 'fake_score backsim regression parts fid presets weights health sdxl.adapter sdxl.conditioning sdxl.memory',
-    2: 'layers.lora panels preference denoiser sampling dmd gan unet features',
+    2: 'cifar layers.lora panels preference denoiser sampling dmd gan unet features',
     1: (
         'refusals layers.lora_strength plot toy noise nets metrics images grids parallel parallel_cost '
         'blocks feature_nets logs launch'
