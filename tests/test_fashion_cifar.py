@@ -178,3 +178,19 @@ def test_tile_is_their_grid_without_its_frame():
     for n, ncols, pad in ((4, 4, 1), (3, 2, 3), (4, 3, 2)):
         theirs = make_grid(x[:n], nrow=ncols, padding=pad, pad_value=255)[:, pad:-pad, pad:-pad]
         assert torch.equal(tile(x[:n], ncols, pad), theirs.permute(1, 2, 0))
+
+
+def test_crops_are_theirs_but_for_odd_margins():
+    "Why `center_crop` stays ours: half a pixel is rounded down, theirs to the even neighbour"
+    from PIL import Image
+    from torchvision.transforms.v2 import InterpolationMode, functional as V
+    from dmd2_nb.system.image_files import center_crop, center_patch
+    def equal(width):
+        im = Image.fromarray(draw.randint(0, 256, (20, width, 3)).astype('uint8'))
+        square = V.resize(V.center_crop(im, [20, 20]), [8, 8], InterpolationMode.LANCZOS)
+        patch = V.center_crop(im, [8, 8])
+        return [a.tobytes() == b.tobytes() for a, b in (
+            (square, center_crop(im, 8)), (patch, center_patch(im, 8))
+        )]
+    assert equal(30) == equal(44) == equal(25) == [True, True]
+    assert equal(27) == equal(31) == [False, False]
