@@ -25,6 +25,7 @@ ARRAY_CALLS = CALLS | {'numpy.ndarray': 'a class'} | {
     for core in ('core', '_core')
 }
 
+# %% ../nbs/22b_cifar.ipynb #c1fa0012
 def cifar10(
     folder=None,     # Has `cifar-10-batches-py`, or is it; the user's cache when absent
     train=True,      # 50,000 training images, else the 10,000 held-out ones
@@ -54,9 +55,10 @@ def cifar10(
     files = CIFAR10.train_list if train else CIFAR10.test_list
     images,labels = (torch.cat(o) for o in zip(*(read(f, _batch) for f in files)))
     kinds = read(meta, lambda d: tuple(map(_text, _item(d, 'label_names'))))
-    part = 'training' if train else 'held-out'
-    return ImageData(images, labels, class_names=kinds, name=f'cifar10 ({part} images of {batches})')
+    name = f"cifar10 ({'training' if train else 'held-out'} images of {batches})"
+    return ImageData(images, labels, class_names=kinds, name=name)
 
+# %% ../nbs/22b_cifar.ipynb #c1fa0013
 def _text(o): return o.decode('latin1') if isinstance(o, bytes) else str(o)
 
 def _item(d, name):
@@ -72,7 +74,8 @@ def _batch(d):
     _,shape,dtype,fortran,raw = array.state
     raw = raw if isinstance(raw, bytes) else raw.encode('latin1')
     if dtype.args[0]!='u1' or tuple(shape)!=(len(labels), 3072) or len(raw)!=math.prod(shape):
-        raise TypeError(f"'data' must hold bytes ({len(labels)}, 3072), not {dtype.args[0]} {shape}")
+        found = f'{dtype.args[0]} {shape}'
+        raise TypeError(f"'data' must hold bytes ({len(labels)}, 3072), not {found}")
     rows = np.ndarray(shape, np.uint8, raw, order='F' if fortran else 'C')
     images = rearrange(rows, 'n (c h w) -> n c h w', c=3, h=32).copy()
     return torch.from_numpy(images), array_labels(labels, len(rows), 'labels')[0]

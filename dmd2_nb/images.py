@@ -185,6 +185,7 @@ FASHION_SHA256 = {  # of the unpacked files
     't10k-labels-idx1-ubyte': '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
 }
 
+# %% ../nbs/20_images.ipynb #f32a0008
 def fashion32(
     folder=None,     # Has the idx files, plain or .gz; the user's cache when absent
     train=True,      # 60,000 training images, else the 10,000 held-out ones
@@ -205,6 +206,7 @@ def fashion32(
         name=f'fashion32 ({part} images of {folder})',
     )
 
+# %% ../nbs/20_images.ipynb #f32a0009
 def _found(folder, name):
     "A file of Fashion-MNIST: plain, packed, or where torchvision puts it"
     places = (folder/name, folder/f'{name}.gz', folder/'FashionMNIST'/'raw'/name)
@@ -220,14 +222,15 @@ def fetch(
         why = one_line(e) or type(e).__name__
         raise OSError(f'{what} cannot be fetched ({why}): give the folder of a copy') from None
 
+# %% ../nbs/20_images.ipynb #f32a0010
 def _idx(folder, name, check):
     "Images (n, 28, 28) or labels (n,), read by torchvision"
     from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
     path = _found(folder, name)
     if path is None:
         raise FileNotFoundError(
-            f"{folder/name}: no such file, neither plain nor .gz: give the folder that has it "
-            "(Debian's dataset-fashion-mnist: /usr/share/datasets/fashion-mnist), or download=True"
+            f'{folder/name}: no such file, neither plain nor .gz: give the folder that has it, '
+            "such as that of Debian's package dataset-fashion-mnist, or download=True"
         )
     try:
         with (gzip.open if path.suffix=='.gz' else open)(path, 'rb') as f: raw = f.read(2**26)
@@ -283,7 +286,7 @@ def _epoch(n, seed, e):
     _epochs.append(((n, seed, e), v))
     return v
 
-# %% ../nbs/20_images.ipynb #f95a76c6
+# %% ../nbs/20_images.ipynb #f32a0011
 def mirrored(
     x:Tensor,     # Images, (b, c, h, w)
     coins:Tensor, # Which of them, bool (b,)
@@ -291,6 +294,7 @@ def mirrored(
     "Some of the images, left and right exchanged"
     return torch.where(coins[:,None,None,None], x.flip(-1), x)
 
+# %% ../nbs/20_images.ipynb #f95a76c6
 def image_batches(
     data,          # `ImageData`, or anything with `len`, `pixels(rows)` and `conds(rows)`, such as `ImageZip`
     batch:int,     # Images a draw
