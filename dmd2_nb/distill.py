@@ -427,7 +427,7 @@ class DMD2:
 
     # -- the optimisers --
     def _ramp(self, opt):
-        "Learning rates of this iteration"
+        "Learning rates of this iteration i; a warm-up gives them (i+1)/W, the official code i/W"
         warm = min(1., (self.step+1)/self.cfg.lr_warmup) if self.cfg.lr_warmup else 1.
         ramp = warm*(self.rate(self.step) if self.rate else 1.)
         for g in opt.param_groups:
