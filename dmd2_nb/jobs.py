@@ -371,7 +371,7 @@ def finish(
         teacher = draw(
             teacher_sampler(job.teacher, **r.sampler), data.shape, kinds, seed=1, device=device
         )
-        return teacher, job.samples(G, kinds, 1), data, kinds, r.sampler['steps'], nfe
+        return (teacher, job.samples(G, kinds, 1)), data, kinds, (r.sampler['steps'], nfe)
     def pictures():
         names = 'dmd_loss fake_loss gan_g_loss gan_d_loss x_mean x_std kid raw_kid fid raw_fid'
         draw_picture(job, 'curves', run/'curves.png', lambda: (read_log(run/'log.csv'), names))

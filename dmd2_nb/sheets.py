@@ -98,12 +98,13 @@ def draw_curves(path, rows, names): # File to write; rows of a log; columns to d
 # %% ../nbs/90b_sheets.ipynb #239f182c
 def draw_pairs(
     path,         # File to write
-    above, below, # Two sets of bytes
+    both,         # Two sets of bytes: the teacher's and the generator's
     data,         # The `ImageData` that knows the names
     conds,        # Conditions
-    *, steps, levels, # Evaluations of each
+    counts,       # Steps of the teacher, levels of the generator
 ):
     "Teacher above, generator below, from the same noise and labels"
+    (above,below),(steps,levels) = both,counts
     n,names = _columns(data),_captions(data, conds)
     axs = _figure(n, len(above)/n, 2)
     s = 's'*(levels>1)

@@ -357,7 +357,7 @@ def test_backend_of_the_surroundings(backend, tmp_path):
         "import torch, os; from dmd2_nb import sheets; from dmd2_nb.images import fashion16; d = fashion16()\n"
         "sheets.draw_curves('curves.png', [dict(step=i, loss=1/i, kid=1/i) for i in (1, 2, 3)], 'loss kid')\n"
         "sheets.draw_grid('grid.png', d.images[:20], d, d.labels[:20])\n"
-        "sheets.draw_pairs('pairs.png', d.images[:20], d.images[20:40], d, d.labels[:20], 8, 1)\n"
+        "sheets.draw_pairs('pairs.png', (d.images[:20], d.images[20:40]), d, d.labels[:20], (8, 1))\n"
         f"assert os.environ['MPLBACKEND'] == {backend!r}\n"
         "import sys; assert 'matplotlib.pyplot' not in sys.modules"
     )
