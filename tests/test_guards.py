@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'data'))
-from make_health_runs import toy_net, toy_run
+from dmd2_nb.lab.health_runs import toy_net, toy_run
 from dmd2_nb.system.checkpoint import load_folder, save_step, steps
 from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.core import rng
