@@ -7,10 +7,11 @@ from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 here = Path(__file__).resolve().parent
-sys.path[:0] = [str(here.parent), str(here.parent/'data')]
+sys.path.insert(0, str(here.parent))
 
 import torch
-from make_health_runs import COLUMNS, toy_run
+from dmd2_nb.jobs import COLUMNS
+from dmd2_nb.lab.health_runs import toy_run
 from dmd2_nb.system.checkpoint import save_step, steps
 from dmd2_nb.runs import Run, follow
 from dmd2_nb.train import save_state, train

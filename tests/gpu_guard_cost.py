@@ -49,8 +49,8 @@ WORDS = {
 
 
 def toy(device, graph):
-    "As in data/make_health_runs.py: the smallest iterations there are"
-    from make_health_runs import toy_run
+    "As in lab.health_runs: the smallest iterations there are"
+    from dmd2_nb.lab.health_runs import toy_run
     dmd, guard, reals = toy_run(0, gan_start=0, warmup_fake=10)
     dmd.fake_step = type(dmd).fake_step.__get__(dmd)  # not watched yet
     return dmd, None, reals(), guard.ref, 20

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from _nightly import nightly
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'data'))
-from make_health_runs import toy_net, toy_run
+from dmd2_nb.lab.health_runs import toy_net, toy_run
 from dmd2_nb.system.checkpoint import load_folder, save_step, steps
 from dmd2_nb.system.tensors import read_tensors
 from dmd2_nb.distill import DMD2

@@ -105,10 +105,8 @@ def test_recipes_have_bands_of_their_own(tmp_path):
 
 
 def test_a_log_is_added(tmp_path):
-    "As make_health_runs.py does it: a folder, a file, a row of a table; too little is refused"
-    import sys
-    sys.path.insert(0, str(data_path('make_health_runs.py').parent))
-    from make_health_runs import add
+    "As lab.health_runs does it: a folder, a file, a row of a table; too little is refused"
+    from dmd2_nb.lab.health_runs import add
     (tmp_path/'run').mkdir()
     (tmp_path/'good').mkdir()
     (tmp_path/'run'/'log.csv').write_bytes(data_path('runs/fashion16_1step.csv').read_bytes())

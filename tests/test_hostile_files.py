@@ -234,7 +234,7 @@ def test_config_json():
 
 def test_checkpoint_config(tmp_path):
     "A checkpoint whose state.json was edited"
-    from make_health_runs import toy_run
+    from dmd2_nb.lab.health_runs import toy_run
     dmd, _, _ = toy_run(0)
     save_state(dmd, tmp_path/'s')
     state = json.loads((tmp_path/'s'/'state.json').read_text())
@@ -246,10 +246,6 @@ def test_checkpoint_config(tmp_path):
     ):
         (tmp_path/'s'/'state.json').write_text(json.dumps(state | change))
         one_line(word, load_state, dmd, tmp_path/'s')
-
-
-@pytest.fixture(autouse=True)
-def scripts(root, monkeypatch): monkeypatch.syspath_prepend(str(root/'data'))
 
 
 # -- archives and names --

@@ -10,6 +10,10 @@ package = root/'dmd2_nb'
 
 # A module imports from lower floors only. A new module is entered here.
 floors = {
+    12.6: 'lab.toy_runs lab.emoji_table lab.mini_adapt lab.mini_pages',
+    12.4: 'lab.toy_paths lab.emoji_ablation lab.mini_rows lab.mini_teacher',
+    12.2: 'lab.toy_rows lab.mini_bench lab.health_runs lab.broken_runs lab.brightness_runs lab.emoji_runs',
+    12: 'lab.bench lab.toy_parts lab.emoji_rows',
     11: 'cli',
     10.5: 'options sheets',
     10: 'imagenet64 measure',
@@ -162,9 +166,21 @@ def test_floors(name):
         assert floor_of[other] < floor_of[name], (
             f'{name} (floor {floor_of[name]}) imports {other} (floor {floor_of[other]})'
         )
-        assert other not in only_shown or name in only_shown | {'cli'}, (
+        shows = name in only_shown | {'cli'} or name.startswith('lab.')
+        assert other not in only_shown or shows, (
             f'{name} imports {other}, which is for notebooks and cli only'
         )
+
+
+def test_nothing_rests_on_experiments():
+    "The lab may import everything; only notebooks and tests import it, and data/ builds data alone"
+    for name in modules:
+        if name.startswith('lab.'): continue
+        text = modules[name].read_text(encoding='utf-8')
+        assert not re.search(r'(from|import) +(dmd2_nb)?\.+lab\b', text), f'{name} imports the lab'
+    scripts = {p.name for p in (root/'data').rglob('*.py')}
+    other = sorted(n for n in scripts if not n.startswith('build_'))
+    assert scripts and not other, f'experiments belong into dmd2_nb/lab: {other}'
 
 
 def test_distill_names_no_kind_of_network():
