@@ -358,7 +358,8 @@ def evaluate_main(argv): # Words of the command line
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('default')
         device = usable_device(a.device)
-        try: measure(sources, a.data, a.out, a.n, seeds, a.sweep, a.steps, device, **more)
+        more |= dict(sweep=a.sweep, steps=a.steps, device=device)
+        try: measure(sources, a.data, a.out, a.n, seeds, **more)
         except FileNotFoundError as e: raise FileNotFoundError(_as_options(str(e))) from None
     for w in dict.fromkeys(str(o.message) for o in said if o.category is UserWarning):
         print(f'dmd2_evaluate: {w}', file=sys.stderr)

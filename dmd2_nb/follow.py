@@ -121,7 +121,7 @@ def follow(
 )->float: # Seconds of training in all
     "Watch a training to its end; what is done every so often is done at the last step, too"
     clock = clock or Clock()
-    book = _Book(run/'log.csv', columns, start, kept or {}, say, clock)
+    book = _Book(run/'log.csv', columns, start, kept or {}, say, clock=clock)
     bar = bar(total, start)
     with Signals() as asked,closing(bar):
         for step,log in zip(clock.steps(start, total, stop), logs):
@@ -132,7 +132,10 @@ def follow(
             saving = save and clock.due(save[0])
             if clock.due(log_every) or due or later or saving:
                 row = book.collect(extra)
-                bar.update(clock.position(), ' '.join(f'{k} {row[k]:.3g}' for k in show.split() if k in row))
+                bar.update(
+                    clock.position(),
+                    ' '.join(f'{k} {row[k]:.3g}' for k in show.split() if k in row),
+                )
                 row = book.write(step, row, due)
                 bar.row(row)
                 book.check(step, row)
@@ -148,7 +151,7 @@ def follow(
 # %% ../nbs/19d_follow.ipynb #d060ca05
 class _Book:
     "The log of a run as it is written: means since the last row, seconds of training, the file"
-    def __init__(self, path, columns, start, kept, say, clock):
+    def __init__(self, path, columns, start, kept, say, *, clock):
         self.file = CsvLog(path, ('step', 'seconds', *columns), start, kept.get('rows'), say)
         self.means = Means(kept.get('means') or ())
         self.clock = clock

@@ -88,7 +88,7 @@ class Real:
         if r:
             data,held = open_data(r)
             sets = dict(train=data) | ({} if held is None else dict(held=held))
-        elif (stats := _is_stats(source)): pass
+        elif _is_stats(source): pass
         elif (x := image_files(source)) is None:
             raise FileNotFoundError(
                 f"{source}: neither a recipe ({', '.join(RECIPES)}) nor images nor statistics"
@@ -189,7 +189,7 @@ def measure(
     out='metrics.json',  # File or folder; None for neither
     n:int=2000,      # Images of each
     seeds=(0,),      # Sampling seeds, each a row
-    sweep=False,     # Sources are folders of checkpoints
+    *, sweep=False,     # Sources are folders of checkpoints
     steps=None,      # Heun steps of teachers
     device='cpu',    # Where it works
     say=print,       # Where messages go
@@ -227,7 +227,7 @@ def measure(
             rows[name] = (
                 ref.row(o)
                 if isinstance(o, Drawn)
-                else _model_row(ref, o, n, seed, steps, device, known.get(name, {}))
+                else _model_row(ref, o, n, seed, steps, device=device, old=known.get(name, {}))
             )
         write(rows | {k: r for k,r in known.items() if k not in rows})
     for name,o in plan:
@@ -235,14 +235,16 @@ def measure(
             add(name if isinstance(o, Drawn) or len(seeds)==1 else f'{name}, seed {seed}', o, seed)
     if sweep:
         for s in sources:
-            _choose(s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add)
+            _choose(
+                s, [o for o in plan if o[0].startswith(f'{s}: ')], rows, ref.column, seeds, add=add
+            )
     write(rows)
     if say:
+        shown = {k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}
         say(
-            f"{table(plus_minus({k: {c: v for c, v in r.items() if c != 'sha256'} for k, r in rows.items()}))}\n"
+            f"{table(plus_minus(shown))}\n"
             f"against {f'{ref.n:,} images' if ref.n else 'the statistics'} of {ref.source}, "
-            f"{ref.see.name} "
-            "features; ± is one standard error (jackknife)"
+            f"{ref.see.name} features; ± is one standard error (jackknife)"
         )
     return about | dict(rows=rows)
 
@@ -252,7 +254,7 @@ def _header(path):
     if 'denoiser' not in read_metadata(path):
         raise ValueError(f'{path} has no config in its metadata: not written by save_denoiser')
 
-def _model_row(ref, source, n, seed, steps, device, old):
+def _model_row(ref, source, n, seed, steps, *, device, old):
     file = Path(source)
     mark = sha256(file)[:12] if file.is_file() else None
     if mark and (old.get('sha256'), old.get('seed'))==(mark, seed): return old
@@ -267,7 +269,7 @@ def _model_row(ref, source, n, seed, steps, device, old):
     x = draw(sampler, model.G.shape, n if conds is None else conds, seed, device=device)
     return ref.row(x) | dict(seed=seed) | (dict(sha256=mark) if mark else {})
 
-def _choose(source, plan, rows, column, seeds, add):
+def _choose(source, plan, rows, column, seeds, *, add):
     "The best checkpoint and the last one, with a seed that had no part in the choice"
     mean = lambda name: sum(
         r[column] for k, r in rows.items() if k == name or k.startswith(f'{name}, seed ')

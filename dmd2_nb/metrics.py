@@ -68,24 +68,19 @@ def mmd(
     def kernel(x, y):
         d2 = torch.cdist(x, y)**2
         return sum((-d2/(2*s**2)).exp() for s in w)/len(w)
-    return mmd2_unbiased(
-        *(_kernel_sums(kernel, x, y).sum() for x, y in ((a, a), (b, b), (a, b))),
-        len(a),
-        len(b),
-        len(a) * 1.0,
-        len(b) * 1.0,
-    ).item()
+    sums = (_kernel_sums(kernel, x, y).sum() for x, y in ((a, a), (b, b), (a, b)))
+    return mmd2_unbiased(*sums, len(a), len(b), daa=len(a)*1., dbb=len(b)*1.).item()
 
 def mmd2_unbiased(
     saa, sbb, sab, # Sums of the kernel within each set and between them
     n, m,          # Sizes of the sets
-    daa, dbb,      # Sums of the diagonals
+    *, daa, dbb,      # Sums of the diagonals
 ):
     "From sums of the kernel within and between clouds; `daa`, `dbb` are the sums over the diagonals"
     return (saa-daa)/(n*(n-1)) + (sbb-dbb)/(m*(m-1)) - 2*sab/(n*m)
 
 # %% ../nbs/16_metrics.ipynb #7683f585
-def _kernel_sums(kernel, x, y, cut_x=None, cut_y=None, block=2048):
+def _kernel_sums(kernel, x, y, cut_x=None, cut_y=None, *, block=2048):
     "Sums of the kernel over each pair of groups; groups are consecutive runs of rows, as long as `cut_*` says"
     cut_x,cut_y = cut_x or [len(x)],cut_y or [len(y)]
     return torch.stack(
@@ -196,7 +191,9 @@ def kid(
         torch.stack([((g * g).sum(1) / g.shape[1] + 1).pow(3).sum() for g in f.split(l)]).cpu()
         for f, l in ((fa, la), (fb, lb))
     )
-    value = mmd2_unbiased(aa.sum(), bb.sum(), ab.sum(), len(fa), len(fb), da.sum(), db.sum())
+    value = mmd2_unbiased(
+        aa.sum(), bb.sum(), ab.sum(), len(fa), len(fb), daa=da.sum(), dbb=db.sum()
+    )
     # for each i, the sum without row and column i
     without = lambda s: s.sum() - s.sum(0) - s.sum(1) + s.diagonal()
     left = mmd2_unbiased(
@@ -205,8 +202,8 @@ def kid(
         without(ab),
         len(fa) - ca,
         len(fb) - cb,
-        da.sum() - da,
-        db.sum() - db,
+        daa=da.sum() - da,
+        dbb=db.sum() - db,
     )
     return value.item(), ((k-1)/k*((left-left.mean())**2).sum()).sqrt().item()
 

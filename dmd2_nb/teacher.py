@@ -78,7 +78,7 @@ def train_teacher(
     steps:int,               # Updates to run
     lr=1e-3,                 # Learning rate, or a function of the step
     halflife:float=500.,     # Half-life of the averaged weights, in updates
-    label_dropout:float=0.1, # Chance of leaving the condition out
+    *, label_dropout:float=0.1, # Chance of leaving the condition out
     P_mean:float=-1.2,       # Mean of ln σ
     P_std:float=1.2,         # Standard deviation of ln σ
     betas=(0.9, 0.99),       # Adam's two decay rates

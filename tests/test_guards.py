@@ -1,6 +1,6 @@
 """Guards: what is planted is named within 50 iterations, healthy runs raise nothing, and an alarm
 ends the run or takes it back"""
-import json, math, re, sys
+import json, math, re
 from dataclasses import replace
 from pathlib import Path
 

@@ -117,8 +117,8 @@ def test_imagenets_classes_in_turn(tmp_path, monkeypatch):
             25,
             0,
             None,
-            'cpu',
-            {},
+            device='cpu',
+            old={},
         )
     assert (
         asked[0].tolist() == [i % 10 for i in range(25)]
@@ -187,7 +187,7 @@ def test_the_winner_is_named_by_its_first_numbers(tmp_path, monkeypatch):
     }
     said = []
     M._choose(
-        'r', [(n, M.Path(f)) for n, f in plan], rows, 'kid', (0, 1), lambda *a: said.append(a)
+        'r', [(n, M.Path(f)) for n, f in plan], rows, 'kid', (0, 1), add=lambda *a: said.append(a)
     )
     assert said == [
         ('r: best of 3 by kid (f2), again with seed 2', M.Path('f2'), 2),

@@ -112,7 +112,7 @@ def logits(
     for k,(y,c) in (bench.reals | dict(gen=(x, cond))).items():
         g = rng(0, 6, device=bench.device)
         sigma = 10**torch.empty(len(y), device=bench.device).uniform_(-1.5, 0.5, generator=g)
-        with dmd.cast(): v = noisy_logits(dmd.fake, dmd.head, y, sigma, c, bench.noise(y, g))
+        with dmd.cast(): v = noisy_logits(dmd.fake, dmd.head, y, sigma, c, noise=bench.noise(y, g))
         res[f'logit_{k}'] = v.float().mean().item()
     return res
 
@@ -123,7 +123,8 @@ def between_steps(
     run,       # Run
     n:int=1000,# Samples
 )->dict:
-    "Kernel distance after each step but the last, and how far its inputs are from noised real images, in units of the noise"
+    """Kernel distance after each step but the last, and how far its inputs are from noised real
+    images, in units of the noise"""
     last = len(run.cfg.levels)-1
     if not last: return {}
     levels,res,seen = torch.tensor(run.cfg.levels),{},[]

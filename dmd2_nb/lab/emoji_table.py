@@ -99,7 +99,9 @@ class Table:
         if sampler:
             x = draw(sampler, self.data.shape, self.groups, 4, device=self.device)
             return spread(self.judge.extract, x)
-        alike = ((self.kinds==c).reshape(len(self.kinds), -1).all(1) for c in self.kinds.unique(dim=0))
+        alike = (
+            (self.kinds == c).reshape(len(self.kinds), -1).all(1) for c in self.kinds.unique(dim=0)
+        )
         rows = (o.nonzero()[:4,0] for o in alike if o.sum()>=4)
         return spread(self.judge.extract, torch.cat([self.data.images[i] for i in rows]))
 

@@ -75,7 +75,7 @@ def toy_job(
     name:str,       # File within it
     steps:int=2000, # Iterations
     fast=1.,        # Factor on all learning rates
-    watch=True,     # May the guard raise alarms?
+    *, watch=True,     # May the guard raise alarms?
 )->str: # The name
     "The log of one toy run"
     rates = {k: getattr(toy, k)*fast for k in ('lr_g', 'lr_fake', 'lr_head')}

@@ -54,7 +54,10 @@ class Style:
         self.rows = torch.arange(len(self.images)).repeat(len(STYLES))
         perm = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(7))
         i = perm[:32 if a.tiny else a.n//2]
-        self.asked,self.wanted = [self.prompts[j] for j in i.tolist()],self.images.subset(self.rows[i])
+        self.asked, self.wanted = (
+            [self.prompts[j] for j in i.tolist()],
+            self.images.subset(self.rows[i]),
+        )
         self.sheets,self.table = {},{}
         job.say(f'{name}: {len(self.images)} images, {len(held)} held out')
 
@@ -82,7 +85,7 @@ def fine_tune(
     def train(graph):
         updates,batch = (10, 8) if a.tiny else (a.tune, a.batch)
         kw = dict(warmup=50, dtype='bfloat16' if a.graph else 'float32', graph=graph)
-        for o in train_mini(m, x, ids, updates, batch, 2e-4, **kw): pass
+        for o in train_mini(m, x, ids, updates, batch, lr=2e-4, **kw): pass
         return o
     try: o = train(a.graph)
     except RuntimeError as e:
@@ -134,7 +137,7 @@ def denoising(
     lora,    # What it begins with
     pictures,# `MiniData`
     cfg,     # `DMD2Config`
-    seconds, # Of training
+    *, seconds, # Of training
 ):
     "The warm start, trained by plain denoising"
     a = see.style.job.a
@@ -162,7 +165,7 @@ def adapting(
     lora,    # What it begins with; None for the teacher itself
     texts,   # `MiniData` without pictures
     pictures,# `MiniData`
-    cfg,     # `DMD2Config`
+    *, cfg,     # `DMD2Config`
     seconds, # Of training
 ):
     "DMD2 by `adapt`"
@@ -170,7 +173,7 @@ def adapting(
     with tempfile.TemporaryDirectory() as tmp:
         kw = dict(rank=4 if a.tiny else 64, sheet=see, minutes=seconds/8/60, checkpointing=False)
         kw |= dict(ema_device=None, save_every=10**8)
-        loop = adapt(teacher, lora, texts, tmp, pictures, 10**7, cfg, **kw)
+        loop = adapt(teacher, lora, texts, tmp, pictures, steps=10**7, cfg=cfg, **kw)
         for k,log in enumerate(loop):
             if not k: see.start()
             see.updates += 'dmd_loss' in log
@@ -202,13 +205,18 @@ def note_all(
         row = {k: c[k][-1] for k in (*SEEN, 'updates', 'seconds')}
         if target is not None:
             at = next((j for j,v in enumerate(c['kid']) if v<=target), None)
-            for k in ('updates', 'seconds'): row[f'{k}_to_target'] = None if at is None else c[k][at]
+            for k in ('updates', 'seconds'):
+                row[f'{k}_to_target'] = None if at is None else c[k][at]
         rows[f'{n}, four steps'] = row
     sheets = style.sheets
     job.note('adapt', table=rows, target=target, curves=curves, rows=list(sheets), **facts)
     sheet = tile(torch.cat(list(sheets.values())), ncols=8, pad=4).numpy()
     with one_move(job.out/'mini_adapt.png') as tmp: Image.fromarray(sheet).save(tmp, format='png')
-    show('adapt', rows, ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds', 'updates_to_target'))
+    show(
+        'adapt',
+        rows,
+        ('kid', 'kid_se', 'patch_kid', 'class_right', 'updates', 'seconds', 'updates_to_target'),
+    )
 
 # %% ../../nbs/39f_lab.mini_adapt.ipynb #55be23ce
 def run_all(
@@ -234,8 +242,8 @@ def run_all(
         if a.graph: teacher.unet.to(torch.bfloat16)
         D,start = teacher.denoiser(),lora if name=='warm' else None
         try:
-            if name=='denoising': denoising(see, D, lora, pictures, cfg, seconds)
-            else: adapting(see, D, start, texts, pictures, cfg, seconds)
+            if name=='denoising': denoising(see, D, lora, pictures, cfg, seconds=seconds)
+            else: adapting(see, D, start, texts, pictures, cfg=cfg, seconds=seconds)
         except Exception: job.failed(f'adapt_{name}')
         if see.points:
             curves[name] = {k: [p[k] for p in see.points] for k in see.points[0]}
@@ -260,7 +268,9 @@ def main(argv=None): # Words; the shell's when absent
     if not lora.is_file():
         raise FileNotFoundError(f'{lora} is missing: it comes from mini_rows --only shared')
     m = load_mini(a.teacher, a.device)
-    style = Style(job, a.style, json.loads((a.teacher/'state.json').read_text())['facts']['guidance'])
+    style = Style(
+        job, a.style, json.loads((a.teacher / 'state.json').read_text())['facts']['guidance']
+    )
     x = style.latents(m)
     style.many_steps('teacher before, many steps', m)
     fine_tune(style, m, x)

@@ -123,7 +123,7 @@ class Job:
         write_text(self.out/f'mini_{name}.error.txt', text)
         self.say(f'{name} failed: {text.strip().splitlines()[-1]}')
 
-    def follow(self, name, loop, columns, total, clock, look, looks):
+    def follow(self, name, loop, columns, total, clock, *, look, looks):
         "Train with a log of 60 rows, and `looks` evaluations on the way: `(seconds, the last one)`"
         got = {}
         def act(step, seconds):

@@ -99,7 +99,9 @@ def page_adapt(
 # %% ../../nbs/39g_lab.mini_pages.ipynb #d154e8e6
 def main(argv=None): # Words; the shell's when absent
     "From a shell"
-    ap = argparse.ArgumentParser('dmd2_nb.lab.mini_pages', description='Logs as the lessons read them')
+    ap = argparse.ArgumentParser(
+        'dmd2_nb.lab.mini_pages', description='Logs as the lessons read them'
+    )
     ap.add_argument('--out', type=Path, default='.', help='folder of experiments')
     ap.add_argument('--to', type=Path, default='data/runs', help='folder of the files')
     a = ap.parse_args(argv)

@@ -147,7 +147,7 @@ def train_row(
     looks = 1 if swept else 2 if a.tiny else 3
     def draw(prompts): return samples(m, dmd.ema, dmd.sigmas, m.cond(prompts))
     def look(last): return job.look(draw, a.n if last and looks>1 else a.n//2)
-    seconds,end = job.follow(full, loop, LOSSES, float(a.seconds), clock, look, looks)
+    seconds,end = job.follow(full, loop, LOSSES, float(a.seconds), clock, look=look, looks=looks)
     save_sheet(draw(SHEET*2), job.out/f'mini_{full}.png')
     if seed==0 and name in a.keep.split(','):
         steps = [int((sdxl_sigmas()-s).abs().argmin()) for s in cfg.levels]

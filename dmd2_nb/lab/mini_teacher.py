@@ -59,7 +59,7 @@ class Teacher:
         "Its training, update by update"
         kw = dict(halflife=1000., dtype='bfloat16' if self.job.a.graph else 'float32')
         kw |= dict(graph=self.graph, warmup=10 if self.tiny else 500)
-        for o in train_mini(self.m, self.x, self.ids, updates, self.batch, rate, **kw):
+        for o in train_mini(self.m, self.x, self.ids, updates, self.batch, lr=rate, **kw):
             self.ema = o['ema']
             yield dict(loss=o['loss'])
 
@@ -96,7 +96,7 @@ def train_it(
         m.train().requires_grad_(True)
         return row
     loop = t.loop(n, falling_rate(job.a.lr, n))
-    seconds,_ = job.follow('teacher', loop, ('loss',), n, Clock(), look, looks)
+    seconds,_ = job.follow('teacher', loop, ('loss',), n, Clock(), look=look, looks=looks)
     take_average(m, t.ema)
     return seconds
 

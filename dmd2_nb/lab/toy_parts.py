@@ -211,7 +211,7 @@ def watched(
     *,
     real=None,  # Batches for the GAN
     conds=None, # Batches of conditions
-    plan=Plan(),# When to give up
+    plan=Plan(),# When to give up  # noqa: B008
 )->list: # All its rows
     "Train, and judge on the way"
     rows,cfg,at = [],run.cfg,frozenset(at)

@@ -48,7 +48,9 @@ def paths(
         at = few_step_sample(run.G, eight, run.sigmas).tolist()
         return [dict(kind=kind, updates=run.g_updates, i=i, x=a, y=b) for i,(a,b) in enumerate(at)]
     def landing(kind, x):
-        return [dict(kind=kind, zx=a, zy=b, x=c, y=d) for (a,b),(c,d) in zip(z.tolist(), x.tolist())]
+        return [
+            dict(kind=kind, zx=a, zy=b, x=c, y=d) for (a, b), (c, d) in zip(z.tolist(), x.tolist())
+        ]
     n = 3*n if cfg.ttur==1 else n
     rows = watched(run, n, range(0, n+1, max(1, n//40)), where, plan=plan)
     land = landing(kind, few_step_sample(run.ema, z, run.sigmas))
@@ -108,7 +110,7 @@ def chase(
     times:float,# The critic's learning rate, in the generator's
     seed:int,   # Names all draws
     n:int=200,  # Generator updates
-    plan=Plan(),# How long it may take
+    *, plan=Plan(),# How long it may take
 )->dict: # File -> rows
     "Overshoot and settling of the mean"
     z = torch.randn(1024, 2, generator=rng(5))
@@ -146,7 +148,9 @@ def beyond(
         far = dict(sw=sliced_wasserstein(x, ref, 64), mmd=mmd(x[:1000], ref[:1000]))
         return dict(precision=p, recall=r) | far
     def row(name, seconds, x):
-        return dict(guidance=guidance, weight=weight, seed=seed, net=name, seconds=seconds) | score(x)
+        return dict(guidance=guidance, weight=weight, seed=seed, net=name, seconds=seconds) | score(
+            x
+        )
     def look(run, used):
         nets = dict(raw=run.G, ema=run.ema)
         return [row(k, used, few_step_sample(G, z, run.sigmas, c)) for k,G in nets.items()]

@@ -50,7 +50,7 @@ def match(
     lr:float,     # Of the generator
     seed:int,     # Names all draws
     times=1,      # Factor on the fake score's rate
-    reg=0.,       # Weight of the regression loss
+    *, reg=0.,       # Weight of the regression loss
     gan=0.,       # Of the generator's GAN loss
     plan=Plan(),  # How long it may take
 )->dict: # File -> rows
@@ -107,7 +107,7 @@ def gan(
     weight:float, # Of the generator's GAN loss
     seed:int,     # Names all draws
     ratio:int=5,  # Fake-score updates per generator update
-    n:int=600,    # Generator updates
+    *, n:int=600,    # Generator updates
     plan=Plan(),  # How long it may take
 )->dict: # File -> rows
     "Matching a wrong teacher, with the GAN at one weight"
@@ -145,7 +145,7 @@ def multi(
     width:int,  # Of the generator
     seed:int,   # Names all draws
     n:int=600,  # Generator updates of each step
-    plan=Plan(),# How long it may take
+    *, plan=Plan(),# How long it may take
 )->dict: # File -> rows
     "Two steps of a small generator; distance after each"
     n = plan.n(n)*(1 if rollout=='one' else 2)  # each update trains one of the two steps

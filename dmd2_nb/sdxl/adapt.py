@@ -252,7 +252,7 @@ def denoise_only(
     steps:int,     # Updates
     batch:int=8,   # Pictures an update
     lr:float=1e-4, # Learning rate
-    seed:int=0,    # Names the random draws
+    *, seed:int=0,    # Names the random draws
 ): # Yields losses
     "Ordinary denoising on real images, for comparison"
     p = trainable(net)

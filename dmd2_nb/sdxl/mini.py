@@ -254,7 +254,7 @@ def train_mini(
     x:Tensor,          # Latents, (n, c, h, w), or (2, n, c, h, w) with the mirrored ones
     ids:Tensor,        # Word numbers, (n, length)
     steps:int,              # Updates
-    batch:int=256, lr=1e-3, # A number, or a function of the step
+    batch:int=256, *, lr=1e-3, # A number, or a function of the step
     drop:float=0.1,    # Share of rows without text
     halflife:float=500., # Of the averaged weights, in updates
     warmup:int=200,      # Updates over which the rate rises

@@ -110,7 +110,7 @@ def regression_pretrain(
     steps:int=2000,       # Updates in all, those of earlier calls included
     distance=None,        # `distance(a, b)` of decoded images, such as `fid.lpips()`; mean squared error when absent
     decode=None,          # From `decoder`; latents themselves are compared when absent
-    timestep:int=399,     # What the generator is told
+    *, timestep:int=399,     # What the generator is told
     lr:float=1e-5,   # Learning rate
     batch:int=4,     # Pairs an update
     clip:float=10.,  # Limit of the gradient norm, 0 for none
