@@ -30,7 +30,6 @@ from dmd2_nb.refusals import (
     check_memory,
     check_seed,
     command,
-    near,
     usable_device,
 )
 from dmd2_nb.sheets import (
@@ -277,37 +276,17 @@ def main(argv=None)->int: # Exit code
     return 0 if asked else 2
 
 # %% ../nbs/90_cli.ipynb #8edcc26c
-def _names():
-    "What can be sampled by a name: `{name: (path, words)}`"
-    from dmd2_nb.assets import data_folders
-    from dmd2_nb.system.tensors import read_metadata
-    found = {}
-    for f in sorted(f for d in data_folders() for f in (d/'weights').glob('*.safetensors')):
-        try: meta = read_metadata(f)
-        except ValueError: continue
-        if 'denoiser' in meta: found.setdefault(f.stem, (f.stem, 'bundled'))
-    for p in sorted(Path('runs').glob('*/config.json')):
-        for kind in ('generator', 'teacher'):
-            if (p.parent/f'{kind}.safetensors').is_file():
-                found[p.parent.name] = (p.parent, f'{kind} in runs/')
-    return found
-
 def _models():
     "The list of `--list`"
-    names = _names()
-    return '\n'.join(f'{k:<24} {words}' for k,(_,words) in names.items()) or 'nothing yet'
+    from dmd2_nb.weights import known_weights
+    lines = [f'{k:<24} {words}' for k,(_,words) in known_weights().items()]
+    return '\n'.join(lines) or 'nothing yet'
 
-def _model(name):
-    "A path as it is; a name among runs and bundled weights"
-    p = Path(name)
-    if p.exists() or len(p.parts)>1 or p.suffix: return name
-    names = _names()
-    if name in names: return names[name][0]
-    raise FileNotFoundError(
-        f"'{name}' is no file, no finished run in runs/ and no bundled weights ({name}.safetensors)"
-        f'{near(name, names)}; dmd2_sample --list names all'
-    )
-
+def _run_folder(source):
+    "The folder of a run that is given by its name; what is no such name as it is"
+    from dmd2_nb.weights import known_weights
+    file,words = known_weights().get(str(source), (None, ''))
+    return file.parent if 'in runs/' in words and not Path(source).exists() else source
 
 # %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample', 'ask for fewer samples (--n), or a smaller --scale')
@@ -323,7 +302,7 @@ def sample_main(argv): # Words of the command line
     from dmd2_nb.evaluate import draw, save_samples
     from dmd2_nb.jobs import open_model
     device = usable_device(a.device)
-    sampler,model = open_model(_model(a.source), device, a.steps)
+    sampler,model = open_model(a.source, device, a.steps)
     check_memory(
         '--n',
         a.n,
@@ -352,7 +331,7 @@ def evaluate_main(argv): # Words of the command line
         why = 'expected whole numbers with commas between'
         raise ValueError(f"--seeds '{a.seeds}': {why}") from None
     for s in seeds: check_seed(seeds=s)
-    sources = [_model(o) for o in a.sources]
+    sources = [_run_folder(o) for o in a.sources]
     if a.data is None: _compare_with_own(a, sources)
     more = dict(features=a.features, weights=a.weights, download=a.download)
     with warnings.catch_warnings(record=True) as said:

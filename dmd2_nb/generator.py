@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .assets import data_path
 from .system.atomic import write_json
 from .core import check_number, rng
 from .noise import check_sigmas
 from .sampling import few_step_batches
-from .weights import load_denoiser, save_denoiser
+from .weights import find_weights, load_denoiser, save_denoiser
 
 # %% ../nbs/15b_generator.ipynb #b8e8028b
 class FewStepGenerator:
@@ -158,12 +157,8 @@ def _index(names, v):
     return v
 
 def load_generator(
-    name_or_path, # A run folder, a .safetensors file, or the name of a bundled generator
+    name_or_path, # A folder or file, the name of a run or of a bundled generator, or `user/name` on the hub
     device='cpu', # Where it works
 )->FewStepGenerator:
-    "Open a generator from a folder, a file or by its bundled name"
-    p = Path(name_or_path)
-    if not p.exists() and len(p.parts)==1 and not p.suffix:
-        p = data_path(f'weights/{name_or_path}.safetensors')
-    elif not p.exists(): raise FileNotFoundError(f'{p} does not exist')
-    return FewStepGenerator.from_pretrained(p, device)
+    "Open a generator; `from dmd2_nb import load_generator` is the same"
+    return FewStepGenerator.from_pretrained(find_weights(name_or_path), device)

@@ -12,7 +12,6 @@ import shutil, tempfile
 
 import torch
 
-from .assets import data_path
 from .system.checkpoint import load_last, save_step, steps
 from .system.plan import content_hash
 from .core import cond_index, cond_to, default_device, plain_torch, stream_seed
@@ -54,29 +53,17 @@ from .recipes import RECIPES, Recipe, falling_rate
 from .runs import Run
 from .teacher_job import train_teacher_job  # handed on
 from .train import load_state, save_state, train
-from .weights import load_denoiser
+from .weights import find_weights, load_denoiser
 
 
 # %% ../nbs/26a_jobs.ipynb #6e7d8e97
 def open_model(
-    source,       # Run folder, .safetensors file, or name of bundled weights
+    source,       # As for `find_weights`: folder, file, name of a run or of bundled weights
     device='cpu', # Where it works
     steps=None,   # Heun steps of a teacher
 ): # `(sampler, model)`: for `evaluate.draw`, and a `FewStepGenerator` that knows labels
     "A teacher or a generator, ready to be sampled"
-    p = Path(source)
-    if p.is_dir():
-        p = next(
-            (p / f for f in ('generator.safetensors', 'teacher.safetensors') if (p / f).is_file()),
-            None,
-        )
-        if p is None:
-            raise FileNotFoundError(
-                f'{source} has neither generator.safetensors nor teacher.safetensors: not a '
-                f'finished run'
-            )
-    elif not p.exists() and len(p.parts)==1 and not p.suffix:
-        p = data_path(f'weights/{source}.safetensors')
+    p = find_weights(source)
     D,meta = load_denoiser(p, device)
     levels = meta.pop('levels', None)
     if levels and steps:

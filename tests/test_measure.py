@@ -170,7 +170,7 @@ def test_an_interrupted_sweep_keeps_what_it_has(tmp_path, monkeypatch):
     M.measure(['run'], 'real.npz', sweep=True, n=16, **quiet)
     assert len(calls) in (5, 6), 'the third, the winner and perhaps the last'
     whole = json.loads((tmp_path/'metrics.json').read_text())
-    monkeypatch.setattr(M, '_model_row', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(M, '_model_row', lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): M.measure(['run'], 'real.npz', sweep=True, n=16, **quiet)
     assert json.loads((tmp_path / 'metrics.json').read_text()) == whole, (
         'stopped again, nothing is lost'

@@ -1,0 +1,54 @@
+"""Formats are promises: what earlier versions wrote opens, goes on and draws the same
+
+Weights are read bit by bit. What is computed from them may differ in its last digits on another
+processor or another PyTorch, so samples are compared to 1e-4 and ten more iterations to 1e-3."""
+import json, shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import make_stored
+from dmd2_nb import load_generator
+from dmd2_nb.system.checkpoint import load_folder, steps
+from dmd2_nb.system.tensors import read_tensors
+from dmd2_nb.weights import load_denoiser
+
+versions = sorted(Path(__file__).parent.glob('stored_*'))
+each = pytest.mark.parametrize('stored', versions, ids=lambda p: p.name)
+
+
+def test_there_are_some(): assert versions
+
+
+@each
+def test_a_generator_draws_the_same(stored):
+    "Its weights as they lie in the file, its samples to 1e-4"
+    g = load_generator(stored/'generator')
+    raw = read_tensors(stored/'generator'/'generator.safetensors')[0]
+    assert all(torch.equal(g.G.state_dict()[k], v) for k, v in raw.items())
+    with np.load(stored/'samples.npz') as f: want = torch.from_numpy(f['x'])
+    assert (g.sample(4, seed=5)-want).abs().max() < 1e-4
+
+
+@each
+def test_a_checkpoint_opens(stored):
+    "Both of the last two, whole: their sums are checked on reading"
+    run = next((stored/'begun'/'runs').iterdir())
+    found = [load_folder(p)[1]['step'] for p in steps(run/'state')]
+    assert found == [make_stored.first, 10]
+    assert json.loads((run/'config.json').read_text())['config']['levels'] == [10., 1.]
+
+
+@each
+def test_a_run_goes_on(stored, tmp_path, monkeypatch):
+    "The same command with more iterations continues it, and ends near where it ended then"
+    shutil.copytree(stored/'begun', tmp_path/'begun')
+    monkeypatch.chdir(tmp_path/'begun')
+    code, said = make_stored.give(make_stored.later)
+    assert code == 0 and f'goes on at iteration {make_stored.first}' in said, said
+    assert [p.name for p in Path('runs').iterdir()] == ['fashion16-1']
+    now = load_denoiser('runs/fashion16-1/generator.safetensors')[0].state_dict()
+    then = load_denoiser(stored/'later.safetensors')[0].state_dict()
+    assert max((now[k]-v).abs().max() for k, v in then.items()) < 1e-3
