@@ -19,6 +19,7 @@ sections = {
     '3': 'SDXL, many GPUs',
     '4': 'Practice',
     '5': 'Files',
+    '6': 'Experiments',
     '9': 'Practice',
 }
 
