@@ -25,6 +25,7 @@ from .images import to_float, to_uint8
 from dmd2_nb.metrics import (
     feature_stats,
     frechet_distance,
+    jackknife,
     kid as kid_features,
     knn_precision_recall,
 )
@@ -176,8 +177,7 @@ def frechet_jackknife(
             for m in (ma, mb)
         )
         return frechet_distance(*a, *(b or ref))
-    left = torch.tensor([dist(i) for i in range(blocks)], dtype=torch.float64)
-    return dist(), ((blocks-1)/blocks*((left-left.mean())**2).sum()).sqrt().item()
+    return jackknife(dist, blocks)
 
 # %% ../nbs/25_fid.ipynb #1ad2d014
 def kid(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sliced_wasserstein', 'mmd', 'mmd2_unbiased', 'mode_share', 'mode_coverage', 'feature_stats', 'frechet_distance',
-           'frechet', 'kid', 'knn_precision_recall', 'hist_kl', 'sample_floor']
+           'frechet', 'jackknife', 'kid', 'knn_precision_recall', 'hist_kl', 'sample_floor']
 
 # %% ../nbs/16_metrics.ipynb #80f25bf4
 import math
@@ -165,6 +165,17 @@ def frechet(
     "Fréchet distance between two sets of features"
     return frechet_distance(*feature_stats(fa), *feature_stats(fb))
 
+# %% ../nbs/16_metrics.ipynb #ja0c4a01
+def jackknife(
+    f,         # `f(i)`: the number without block i, of `blocks`; `f(None)`: the number of all
+    blocks:int,# Parts that are left out in turn; 0 for no error
+)->tuple: # (number, standard error), floats; the error is nan without blocks
+    "A number, and how much it moves when a part of the samples is left out"
+    value = float(f(None))
+    if not blocks: return value,math.nan
+    left = torch.tensor([float(f(i)) for i in range(blocks)], dtype=torch.float64)
+    return value,((blocks-1)/blocks*(left-left.mean()).square().sum()).sqrt().item()
+
 # %% ../nbs/16_metrics.ipynb #24777479
 def kid(
     fa:Tensor,      # Features, (n, d)
@@ -205,7 +216,7 @@ def kid(
         daa=da.sum() - da,
         dbb=db.sum() - db,
     )
-    return value.item(), ((k-1)/k*((left-left.mean())**2).sum()).sqrt().item()
+    return jackknife(lambda i: value if i is None else left[i], k)
 
 # %% ../nbs/16_metrics.ipynb #adaee709
 def knn_precision_recall(
@@ -255,9 +266,7 @@ def knn_precision_recall(
         keep = torch.ones_like(hit)
         for j,i in enumerate(cut(len(x))): keep[j,i] = 0.
         v = ((hit*keep).sum(1)/keep.sum(1)).cpu()
-        return v[-1].item(), (
-            (blocks - 1) / blocks * (v[:-1] - v[:-1].mean()).square().sum()
-        ).sqrt().item() if blocks else math.nan
+        return jackknife(lambda i: v[-1 if i is None else i], blocks)
     return *share(fa, fb), *share(fb, fa)
 
 # %% ../nbs/16_metrics.ipynb #420b748f
