@@ -1,8 +1,8 @@
 """What this version writes, kept for later ones: `python tests/make_stored.py`, once a release
 
 A folder `stored_VERSION` gets a teacher's file and images, a run of twelve iterations with its
-checkpoints, the generator's folder of `save_pretrained`, and what became of both: weights after ten
-more iterations, four samples. tests/test_stored.py opens every such folder."""
+checkpoints, the generator's folder of `save_pretrained`, and what became of both: the networks of
+the checkpoint after ten more iterations, four samples. tests/test_stored.py opens every such folder."""
 import contextlib, io, os, shutil, sys, tempfile
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from dmd2_nb import __version__, cli, load_generator, recipes
 
 command = 'distill --teacher teacher.safetensors --data good.npz --device cpu --keep-state --iters {}'
 first, later = 12, 22
+networks = 'generator', 'fake', 'ema', 'head'
 
 
 def give(iters):
@@ -40,7 +41,9 @@ def main(target):
         x = load_generator(target/'generator').sample(4, seed=5)
         np.savez_compressed(target/'samples.npz', x=x.numpy())
         assert give(later)[0] == 0
-        shutil.copy(Path('runs/fashion16-1/generator.safetensors'), target/'later.safetensors')
+        (target/'later').mkdir()
+        for n in networks:
+            shutil.copy(Path(f'runs/fashion16-1/state/step-{later}/{n}.safetensors'), target/'later')
         os.chdir(home)
 
 

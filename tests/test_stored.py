@@ -1,7 +1,10 @@
 """Formats are promises: what earlier versions wrote opens, goes on and draws the same
 
 Weights are read bit by bit. What is computed from them may differ in its last digits on another
-processor or another PyTorch, so samples are compared to 1e-4 and ten more iterations to 1e-3."""
+processor or another PyTorch, so samples are compared to 1e-4, and ten more iterations by their
+distance from the stored ones as a share of the way that the run went. Other instructions, threads
+and kernels came to 0.03 at most (Adam without a mean turns the sign of what is nearly zero); a lost
+optimiser state came to 0.36 and more, and a run that stands still is at 1. The bound is 0.1."""
 import json, shutil
 from pathlib import Path
 
@@ -13,10 +16,12 @@ import make_stored
 from dmd2_nb import load_generator
 from dmd2_nb.system.checkpoint import load_folder, steps
 from dmd2_nb.system.tensors import read_tensors
-from dmd2_nb.weights import load_denoiser
 
 versions = sorted(Path(__file__).parent.glob('stored_*'))
 each = pytest.mark.parametrize('stored', versions, ids=lambda p: p.name)
+
+
+def distance(a, b): return sum((a[k].double()-v.double()).square().sum() for k, v in b.items()).sqrt()
 
 
 def test_there_are_some(): assert versions
@@ -43,12 +48,22 @@ def test_a_checkpoint_opens(stored):
 
 @each
 def test_a_run_goes_on(stored, tmp_path, monkeypatch):
-    "The same command with more iterations continues it, and ends near where it ended then"
+    "The same command with more iterations continues it, and each network goes the way it went then"
     shutil.copytree(stored/'begun', tmp_path/'begun')
     monkeypatch.chdir(tmp_path/'begun')
     code, said = make_stored.give(make_stored.later)
     assert code == 0 and f'goes on at iteration {make_stored.first}' in said, said
     assert [p.name for p in Path('runs').iterdir()] == ['fashion16-1']
-    now = load_denoiser('runs/fashion16-1/generator.safetensors')[0].state_dict()
-    then = load_denoiser(stored/'later.safetensors')[0].state_dict()
-    assert max((now[k]-v).abs().max() for k, v in then.items()) < 1e-3
+    state = Path('runs/fashion16-1/state')
+    for n in make_stored.networks:
+        begun, now, then = (
+            read_tensors(p/f'{n}.safetensors')[0]
+            for p in (
+                stored/'begun'/state/f'step-{make_stored.first}',
+                state/f'step-{make_stored.later}',
+                stored/'later',
+            )
+        )
+        assert begun.keys() == now.keys() == then.keys()
+        share = distance(now, then)/distance(begun, then)
+        assert share < .1, (n, share)
