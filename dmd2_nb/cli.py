@@ -284,9 +284,10 @@ def _models():
 
 def _run_folder(source):
     "The folder of a run that is given by its name; what is no such name as it is"
+    if Path(source).exists(): return source
     from dmd2_nb.weights import known_weights
     file,words = known_weights().get(str(source), (None, ''))
-    return file.parent if 'in runs/' in words and not Path(source).exists() else source
+    return file.parent if 'in runs/' in words else source
 
 # %% ../nbs/90_cli.ipynb #75017413
 @command('dmd2_sample', 'ask for fewer samples (--n), or a smaller --scale')

@@ -184,7 +184,7 @@ def find_weights(
     if p.exists(): return p
     if re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)) and not p.suffix and p.parts[0]!='runs':
         return _from_hub(str(source), kinds)
-    if len(p.parts)>1 or p.suffix: raise FileNotFoundError(f'{source} does not exist')
+    if len(p.parts)>1 or p.suffix: raise FileNotFoundError(f'{source} is missing')
     known = known_weights()
     if str(source) in known: return known[str(source)][0]
     raise FileNotFoundError(

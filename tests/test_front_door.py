@@ -35,7 +35,7 @@ def test_one_rule_for_names(tmp_path, monkeypatch):
         assert torch.equal(load_generator(name).sample(2, 'bag', seed=3), want)
         assert torch.equal(open_model(name)[1].sample(2, 'bag', seed=3), want)
     with pytest.raises(FileNotFoundError, match='did you mean mine-1'): find_weights('mine-2')
-    with pytest.raises(FileNotFoundError, match='runs/mine-2 does not exist'): find_weights('runs/mine-2')
+    with pytest.raises(FileNotFoundError, match='runs/mine-2 is missing'): find_weights('runs/mine-2')
     with pytest.raises(FileNotFoundError, match='neither generator.safetensors nor teacher'):
         find_weights(tmp_path)
 
