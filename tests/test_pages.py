@@ -1,5 +1,5 @@
 "The documentation site: a page for each notebook and module, nothing that leads nowhere, nothing from other servers"
-import importlib.util, json, re
+import html, importlib.util, json, re
 from pathlib import Path
 
 import pytest
@@ -63,8 +63,8 @@ def test_a_page_for_each_notebook(site):
         )
         title, sub, _ = docs.title_of(nb)
         assert (
-            f'<h1 class="title">{docs.escape(title)}' in page
-            or docs.escape(title, quote=False) in page
+            f'<h1 class="title">{html.escape(title)}' in page
+            or html.escape(title, quote=False) in page
         ), f'{p.name}: no title'
         pictures = sum(
             'image/png' in o.get('data', {})
